@@ -1,0 +1,763 @@
+"""The referee: data, tokenizer, clock and metric. Nobody edits this file during a run.
+
+    python prepare.py                          # rows for this machine's scale
+    python prepare.py --corpus ~/notes         # rows from your own text, JSONL or Parquet files
+    AUTORESEARCH_SCALE=gpu python prepare.py   # rows for another scale
+
+train.py takes `current_scale`, `batches` and `finish` from here; agent.py starts `prepare.py
+referee FOLDER` once per run. Whatever train.py prints, the number that counts is computed here,
+from its logits and from targets that it never sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import mmap
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # heavy: imported where used, so that agent.py may import this file
+    import numpy as np
+    import tiktoken
+    import torch
+
+    LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # tokens (B, T) -> logits (B, T, V)
+
+# ---------------------------------------------------------------------------
+# Constants of the contest
+# ---------------------------------------------------------------------------
+
+FORMAT = 1  # of the files under the cache; another one is prepared anew
+CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # Parquet shards with a column `text`
+VAL_SHARD, HIDDEN_SHARD = 6542, 6541  # pinned; training shards count from 0
+HELD_OUT_SHARE = 0.25  # of a local corpus: the pool that val and hidden are filled from
+TOKENIZER_CHARS = 250_000_000  # of training text that the BPE sees, at most
+DOCUMENT_CHARS = 5_000  # a longer text file is cut at a line end: splits are by document
+PACK_SLACK = 64  # rows' worth of tokens that best-fit packing chooses from
+QUERY_BYTES = 2**28  # float32 logits asked for in one query, at most
+EVALUATION_SECONDS = 900.0  # wall clock that train.py has for all its answers
+READY = b"\0\0\0\0"  # the frame that says: trained, ask me
+# What train.py claims of itself: recorded, never judged. Crosses as float64 in this order.
+CLAIMS = ("training_seconds", "training_wall_seconds", "peak_vram_mb", "mfu_percent",
+          "total_tokens_M", "num_steps", "num_params_M", "depth")
+# The environment that train.py sees, as a pattern of names: nobody's key, token or settings.
+PASSED_ON = re.compile(
+    "PATH|LANG|LC_.*|TMPDIR|LD_LIBRARY_PATH|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|CUDA_.*|"
+    "(OMP|MKL|TORCH|TORCHINDUCTOR|PYTORCH|TRITON)_.*|AUTORESEARCH_(BUDGET|BUDGET_TOKENS|SCALE)"
+)
+IMPORTED = time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What is fixed for a kind of machine. Results of different scales are never compared."""
+
+    name: str
+    corpus: str  # "stdlib" or "climbmix"
+    vocab_size: int
+    sequence_len: int  # tokens predicted per row
+    clock: str  # unit of the budget: "cpu" or "wall" seconds, or "tokens"
+    budget: float
+    eval_tokens: int  # of val, and as many of hidden
+    shards: int  # of ClimbMix, to train on
+    sigma: float  # prior of the run-to-run standard deviation of val_bpb
+
+
+SCALES = (
+    Scale("cpu", "stdlib", 1024, 128, "cpu", 60, 131_072, 0, 0.0025),
+    Scale("gpu", "climbmix", 8192, 2048, "wall", 300, 2**20, 10, 0.0003),
+    Scale("d12", "climbmix", 32_768, 2048, "tokens", 1.2e9, 2**21, 30, 0.0003),
+    Scale("gpt2", "climbmix", 32_768, 2048, "tokens", 7.3e9, 2**22, 150, 0.00004),
+)
+
+
+class SetupError(SystemExit):
+    """The program cannot start or go on. Uncaught it prints two lines and exits with code 1."""
+
+    def __init__(self, message: str, hint: str):
+        super().__init__(f"error: {message}\nhint: {hint}")
+
+
+class Crash(Exception):
+    """A run has no result; the message is the reason."""
+
+
+def device_type() -> str:
+    """The best device here: "cuda", "mps" or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def current_scale() -> Scale:
+    """The scale of AUTORESEARCH_SCALE, else of the device."""
+    name = os.environ.get("AUTORESEARCH_SCALE")
+    return scale_named(name or ("cpu" if device_type() == "cpu" else "gpu"))
+
+
+def scale_named(name: str) -> Scale:
+    """A scale with the budget of the environment.
+
+    AUTORESEARCH_BUDGET replaces the budget in seconds, AUTORESEARCH_BUDGET_TOKENS makes it training
+    tokens. Raises SetupError for an unknown scale or a budget that is no positive number.
+    """
+    scale = next((scale for scale in SCALES if scale.name == name), None)
+    if scale is None:
+        known = "|".join(scale.name for scale in SCALES)
+        raise SetupError(f"unknown scale {name!r}", f"export AUTORESEARCH_SCALE={known}")
+    for variable in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_BUDGET_TOKENS"):
+        if text := os.environ.get(variable):
+            number = re.fullmatch(r"\d*\.?\d+([eE]\d{1,2})?", text)
+            if not number or float(text) == 0:
+                hint = f"python agent.py --budget 60  # or: unset {variable}"
+                raise SetupError(f"{variable}={text} is no positive number", hint)
+            seconds = scale.clock.replace("tokens", "wall")
+            clock = "tokens" if variable.endswith("TOKENS") else seconds
+            scale = dataclasses.replace(scale, clock=clock, budget=float(text))
+    return scale
+
+
+# ---------------------------------------------------------------------------
+# Corpus: files to documents
+# ---------------------------------------------------------------------------
+
+
+def corpus_files(corpus: str | None) -> list[Path]:
+    """The files of `--corpus PATH` but hidden ones; else the standard library's own source."""
+    root, pattern, left_out = Path(sysconfig.get_paths()["stdlib"]), "*.py", {"site-packages"}
+    if corpus:
+        root, pattern = Path(corpus).expanduser().resolve(), "*"
+        if not root.exists():
+            raise SetupError(f"--corpus {corpus}: no such file or folder", f"ls {root.parent}")
+    else:
+        left_out |= {"dist-packages", "test", "tests", "idlelib", "idle_test", "pydoc_data"}
+    files = [root] if root.is_file() else sorted(p for p in root.rglob(pattern) if p.is_file())
+    parts = {path: path.relative_to(root).parts for path in files}
+    return [p for p, names in parts.items() if not any(n in left_out or n[0] == "." for n in names)]
+
+
+def load_text(source: str, files: str) -> Iterator[str]:
+    """Column `text` of Parquet or JSONL `files`, streamed by Hugging Face `datasets`.
+
+    `source` is a repository of the Hub or a folder that holds the files, or a builder ("json",
+    "parquet") for a path.
+    """
+    import datasets
+
+    for row in datasets.load_dataset(source, data_files=files, split="train", streaming=True):
+        if not isinstance(row.get("text"), str):
+            raise SetupError(f"{files}: no text in a column `text`", f"rename one of {sorted(row)}")
+        yield row["text"]
+
+
+def climbmix_shard(index: int) -> Iterator[str]:
+    """Documents of one ClimbMix shard. Raises SetupError with its name if it cannot be had."""
+    file = f"shard_{index:05d}.parquet"
+    try:
+        yield from load_text(CLIMBMIX, file)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SetupError(f"{CLIMBMIX} {file}: {error}", "python prepare.py  # goes on") from error
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Documents of a local file: rows of a JSONL or Parquet file, stretches of a text file."""
+    raw, stretch = path.read_bytes(), ""
+    builder = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix.lower())
+    if builder and raw.strip():
+        try:
+            yield from load_text(builder, str(path))
+        except (RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise SetupError(f"{path} cannot be read: {said}", f"head -c 300 {path}") from error
+        return
+    if b"\0" in raw[:8192]:  # a picture, an archive, a program
+        return
+    for line in raw.decode("utf-8", errors="replace").splitlines(keepends=True):
+        stretch += line
+        if len(stretch) > DOCUMENT_CHARS:
+            yield stretch
+            stretch = ""
+    yield stretch
+
+
+def local_documents(files: list[Path]) -> tuple[list[str], list[str]]:
+    """(held-out pool, training documents) in a fixed random order; equal texts count once."""
+    texts = (text for path in files for text in read_documents(path) if text.strip())
+    documents = list(dict.fromkeys(texts))
+    random.Random(FORMAT).shuffle(documents)
+    share = HELD_OUT_SHARE * sum(map(len, documents))
+    pool = sum(size <= share for size in itertools.accumulate(map(len, documents)))
+    return documents[:pool], documents[pool:]
+
+
+# ---------------------------------------------------------------------------
+# Documents to rows
+# ---------------------------------------------------------------------------
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
+    """A byte-pair encoding as JSON: its pattern and vocab_size - 1 tokens; the last id is BOS."""
+    import rustbpe
+
+    def first_chars(left: int) -> Iterator[str]:
+        for text in documents:
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(first_chars(TOKENIZER_CHARS), vocab_size - 1)
+    tokens = [base64.b64encode(bytes(token)).decode() for token, _ in bpe.get_mergeable_ranks()]
+    return json.dumps({"pattern": bpe.get_pattern(), "tokens": tokens}).encode()
+
+
+def load_tokenizer(folder: Path) -> tuple[tiktoken.Encoding, list[int]]:
+    """(tokenizer without BOS, bytes per token with 0 for BOS) of a folder of rows."""
+    import tiktoken
+
+    stored = json.loads((folder / "tokenizer.json").read_bytes())
+    tokens = [base64.b64decode(token) for token in stored["tokens"]]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    encoding = tiktoken.Encoding(
+        "rows", pat_str=stored["pattern"], mergeable_ranks=ranks, special_tokens={}
+    )
+    return encoding, [len(token) for token in tokens] + [0]
+
+
+def encode(
+    tokenizer: tiktoken.Encoding, documents: Iterable[str], batch: int
+) -> Iterator[list[int]]:
+    """Tokens of each document, without BOS; no more than `batch` documents are taken ahead."""
+    documents = iter(documents)
+    while texts := list(itertools.islice(documents, batch)):
+        yield from tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+
+def pack(documents: Iterable[list[int]], capacity: int, bos: int) -> Iterator[np.ndarray]:
+    """Best-fit packing of documents, (n,) tokens, into full rows (capacity,) that start with BOS.
+
+    Every document starts with BOS; a longer one is cut into pieces that start with BOS too. The
+    longest piece that fits goes next; where none fits, the shortest is cropped to fill the row.
+    """
+    import numpy as np
+
+    pieces: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # waiting, by length
+    lengths = 0  # bit n is set while a piece of n tokens waits
+    waiting = 0  # tokens
+
+    def take_row() -> np.ndarray:
+        nonlocal lengths, waiting
+        row, filled = np.empty(capacity, np.uint16), 0
+        while filled < capacity:
+            room = capacity - filled
+            fitting = lengths & ((2 << room) - 1)
+            length = (fitting or lengths & -lengths).bit_length() - 1
+            piece = pieces[length].pop()
+            lengths ^= 0 if pieces[length] else 1 << length
+            waiting -= length
+            row[filled : filled + length] = piece[:room]
+            filled += length
+        return row
+
+    for tokens in documents:
+        for start in range(0, len(tokens), capacity - 1):
+            piece = np.array([bos, *tokens[start : start + capacity - 1]], np.uint16)
+            pieces[len(piece)].append(piece)
+            lengths |= 1 << len(piece)
+            waiting += len(piece)
+        while waiting >= PACK_SLACK * capacity:
+            yield take_row()
+    while waiting >= capacity:
+        yield take_row()
+
+
+def load_rows(folder: Path, split: str, sequence_len: int) -> np.ndarray:
+    """Rows of a split as a read-only memmap, (N, sequence_len + 1) uint16."""
+    import numpy as np
+
+    return np.memmap(folder / f"{split}.bin", np.uint16, mode="r").reshape(-1, sequence_len + 1)
+
+
+def rows_folder(scale: Scale, corpus: str | None = None) -> tuple[Path, str]:
+    """(folder of the prepared rows, their source in words); named after what makes them."""
+    if prepared := os.environ.get("AUTORESEARCH_ROWS"):  # under the referee
+        return Path(prepared), ""
+    if corpus := corpus or os.environ.get("AUTORESEARCH_CORPUS"):
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in corpus_files(corpus)]
+        source, made_of = f"corpus {Path(corpus).expanduser().resolve()}", json.dumps(stats)
+    elif scale.corpus == "stdlib":
+        source = made_of = f"standard library of Python {sys.version.split()[0]}"
+    else:
+        source = made_of = f"{CLIMBMIX}, {scale.shards} shards"
+    shape = f"{FORMAT} {scale.vocab_size} {scale.sequence_len} {scale.eval_tokens} {made_of}"
+    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+    return cache / f"{scale.name}-{hashlib.sha256(shape.encode()).hexdigest()[:10]}", source
+
+
+# ---------------------------------------------------------------------------
+# Preparation, once
+# ---------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file that is complete under its name or not there at all, power cut included."""
+    with open(path.with_name(path.name + ".part"), "wb") as file:
+        file.writelines(blocks)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def file_hash(path: Path) -> str:
+    import numpy as np
+
+    return hashlib.sha256(np.memmap(path, np.uint8, mode="r")).hexdigest()
+
+
+def ensure_rows(scale: Scale, corpus: str | None) -> Path:
+    """The folder of the rows: prepared if they are missing, then checked against their hashes."""
+    corpus = corpus or os.environ.get("AUTORESEARCH_CORPUS")
+    folder, source = rows_folder(scale, corpus)
+    if not (folder / "manifest.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if corpus or scale.corpus == "stdlib":
+            for leftover in folder.iterdir():  # val's documents are known in one go only
+                leftover.unlink()
+            pool, train = local_documents(corpus_files(corpus))
+            held_out = iter(pool)  # what val and hidden leave of it trains
+            parts = {"val": held_out, "hidden": held_out, "train": itertools.chain(train, held_out)}
+        else:
+            shards = range(scale.shards)
+            train = itertools.chain.from_iterable(map(climbmix_shard, shards))
+            parts = {"val": climbmix_shard(VAL_SHARD), "hidden": climbmix_shard(HIDDEN_SHARD)}
+            parts |= {f"train-{index:05d}": climbmix_shard(index) for index in shards}
+        write_rows(scale, folder, source, train, parts)
+    for name, expected in json.loads((folder / "manifest.json").read_bytes())["sha256"].items():
+        if not (folder / name).exists() or file_hash(folder / name) != expected:
+            raise SetupError(f"{folder / name} is not what was prepared", f"rm -r {folder}")
+    return folder
+
+
+def write_rows(
+    scale: Scale, folder: Path, source: str, train: Iterable[str], parts: dict[str, Iterator[str]]
+) -> None:
+    """Write tokenizer, rows and, last of all, manifest: a folder with a manifest is complete.
+
+    A part (split or shard) whose file is there is done. Raises SetupError for too little text.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    def bar(items: Iterable[Any], name: str, total: int | None = None) -> Iterable[Any]:
+        return track(items, f"{name:12}", total=total, console=Console(stderr=True))
+
+    def require(enough: bool, found: str) -> None:
+        if not enough:
+            need = f"{2 * 4 * scale.eval_tokens / HELD_OUT_SHARE / 1e6:.0f} MB of text or more"
+            hint = f"python agent.py --corpus PATH  # {need}"
+            raise SetupError(f"{source}: too little text, {found}", hint)
+
+    if not (folder / "tokenizer.json").exists():
+        learned = train_tokenizer(bar(train, "tokenizer"), scale.vocab_size)
+        write_atomic(folder / "tokenizer.json", [learned])
+    tokenizer, bytes_of = load_tokenizer(folder)
+    require(len(bytes_of) == scale.vocab_size, f"{len(bytes_of)} of {scale.vocab_size} tokens")
+    for name, documents in parts.items():
+        if (folder / f"{name}.bin").exists():
+            continue
+        wanted = None if name.startswith("train") else scale.eval_tokens // scale.sequence_len
+        tokens = encode(tokenizer, documents, batch=1 if wanted else 256)
+        rows = itertools.islice(pack(tokens, scale.sequence_len + 1, scale.vocab_size - 1), wanted)
+        packed = [row.tobytes() for row in bar(rows, name, wanted)]
+        require(len(packed) >= (wanted or 1), f"{len(packed)} of {wanted or 1} rows for {name}")
+        write_atomic(folder / f"{name}.bin", packed)
+    shards = [folder / f"{name}.bin" for name in parts if name.startswith("train-")]
+    if shards:
+        write_atomic(folder / "train.bin", (shard.read_bytes() for shard in shards))
+    splits = ("train", "val", "hidden")
+    rows = {split: len(load_rows(folder, split, scale.sequence_len)) for split in splits}
+    hashed = ("tokenizer.json", *(f"{split}.bin" for split in splits))
+    manifest = {
+        "format": FORMAT,
+        "source": source,
+        "tokens": {split: count * scale.sequence_len for split, count in rows.items()},
+        "sha256": {name: file_hash(folder / name) for name in hashed},
+    }
+    write_atomic(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+    for shard in shards:
+        shard.unlink()
+
+
+# ---------------------------------------------------------------------------
+# Clock and batches
+# ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Spent:
+    """What the clock has counted in this process since the first batch."""
+
+    seconds: float = 0.0  # of the scale's clock
+    wall_seconds: float = 0.0
+    tokens: int = 0
+
+
+SPENT = Spent()
+
+
+def run_seed() -> int:
+    """The seed of this run, not train.py's to choose: initial weights and the order of the data."""
+    return int(os.environ.get("AUTORESEARCH_SEED", "0"))
+
+
+def batches(
+    batch_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Yield (x, y, progress) until the budget is spent; the clock starts with the first batch.
+
+    x and y are (batch_size, T) int64 on `device`, y being x one token later; progress is the share
+    of the budget spent, in [0, 1). Raises ValueError if there are fewer than `batch_size` rows.
+    """
+    import numpy as np
+    import torch
+
+    scale = current_scale()
+    folder, _ = rows_folder(scale)
+    if not (folder / "train.bin").exists():
+        raise SetupError(f"no rows in {folder}", "python prepare.py")
+    rows = load_rows(folder, "train", scale.sequence_len)
+    if not 0 < batch_size <= len(rows):
+        raise ValueError(f"batch_size {batch_size} is not between 1 and {len(rows)} rows")
+    clock = time.process_time if scale.clock == "cpu" else time.monotonic
+    started = None
+    for epoch in itertools.count():
+        order = np.random.default_rng([run_seed(), epoch]).permutation(len(rows))
+        for first in range(0, len(rows) - batch_size + 1, batch_size):
+            if device.type != "cpu":  # or the clock runs ahead of queued work
+                getattr(torch, device.type).synchronize()
+            started = started or (clock(), time.monotonic())
+            SPENT.seconds, SPENT.wall_seconds = clock() - started[0], time.monotonic() - started[1]
+            spent = SPENT.tokens if scale.clock == "tokens" else SPENT.seconds
+            if spent >= scale.budget:
+                return
+            batch = torch.from_numpy(rows[order[first : first + batch_size]].astype(np.int64))
+            batch = batch.to(device)
+            SPENT.tokens += batch_size * scale.sequence_len
+            yield batch[:, :-1], batch[:, 1:], spent / scale.budget
+
+
+# ---------------------------------------------------------------------------
+# The metric, and the end of train.py
+# ---------------------------------------------------------------------------
+
+
+def rows_per_query(scale: Scale) -> int:
+    return max(1, min(32, QUERY_BYTES // (4 * scale.sequence_len * scale.vocab_size)))
+
+
+def evaluate(logits_of: LogitsOf, folder: Path, split: str, scale: Scale) -> float:
+    """Bits per byte of a split: summed loss in nats / (ln 2 * bytes of the target tokens).
+
+    `logits_of` answers tokens (B, T) int64 with logits (B, T, V). BOS targets count in neither sum.
+    Raises Crash for logits of another shape or that are not finite.
+    """
+    import numpy as np
+    import torch
+
+    rows = load_rows(folder, split, scale.sequence_len)
+    bytes_of = torch.tensor(load_tokenizer(folder)[1])
+    nats, total_bytes, batch_size = 0.0, 0, rows_per_query(scale)
+    for first in range(0, len(rows), batch_size):
+        tokens = torch.from_numpy(rows[first : first + batch_size].astype(np.int64))
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        logits = checked(logits_of(x), (*x.shape, scale.vocab_size))
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        losses = -log_probs.gather(-1, y.to(logits.device).unsqueeze(-1)).squeeze(-1).cpu()
+        if not torch.isfinite(losses).all():
+            raise Crash("logits are not finite")
+        nats += losses[bytes_of[y] > 0].double().sum().item()
+        total_bytes += int(bytes_of[y].sum())
+    return nats / (math.log(2) * total_bytes)
+
+
+def checked(logits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(logits.shape) != shape:
+        raise Crash(f"logits of shape {tuple(logits.shape)}, not {shape}")
+    return logits
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The block that greps in this field expect."""
+    forms = {"val_bpb": ".6f", "training_seconds": ".1f", "total_seconds": ".1f",
+             "peak_vram_mb": ".1f", "mfu_percent": ".2f", "total_tokens_M": ".2f",
+             "num_steps": ".0f", "num_params_M": ".2f", "depth": ".0f"}
+    return "\n".join(["---", *(f"{k + ':':<18}{result[k]:{form}}" for k, form in forms.items())])
+
+
+def finish(
+    model: torch.nn.Module, *, num_steps: int, depth: int, mfu_percent: float = 0.0
+) -> None:
+    """End train.py: score the trained model here, or serve the referee behind the pipe.
+
+    `model(tokens (B, T) int64)` returns logits (B, T, V).
+    """
+    import torch
+
+    scale, device = current_scale(), next(model.parameters()).device
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, on a Mac bytes
+    vram = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
+    torch.cuda.empty_cache()  # the referee does its arithmetic on the same card
+    claims = {
+        "training_seconds": SPENT.seconds,
+        "training_wall_seconds": SPENT.wall_seconds,
+        "peak_vram_mb": vram or rss / (2**20 if sys.platform == "darwin" else 2**10),
+        "mfu_percent": mfu_percent,
+        "total_tokens_M": SPENT.tokens / 1e6,
+        "num_steps": num_steps,
+        "num_params_M": sum(p.numel() for p in model.parameters()) / 1e6,
+        "depth": depth,
+    }
+    model.eval()
+    torch.set_num_threads(os.cpu_count() or 1)  # the clock has stopped
+
+    @torch.no_grad()
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens.to(device))
+
+    if "AUTORESEARCH_REFEREE" in os.environ:
+        answer_queries(logits_of, scale, claims)
+    else:
+        claims["val_bpb"] = evaluate(logits_of, rows_folder(scale)[0], "val", scale)
+        print(summary({**claims, "total_seconds": time.monotonic() - IMPORTED}))
+
+
+def exchange(memory: int, scale: Scale) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Views of the memory behind a file descriptor: claims, tokens (B, T), logits (B, T, V)."""
+    import numpy as np
+
+    B, T, V = rows_per_query(scale), scale.sequence_len, scale.vocab_size
+    size = 4096 + 4 * B * T * (1 + V)
+    if os.fstat(memory).st_size < size:
+        os.ftruncate(memory, size)
+    view = mmap.mmap(memory, size)
+    tokens = np.frombuffer(view, np.int32, B * T, 4096).reshape(B, T)
+    logits = np.frombuffer(view, np.float32, B * T * V, 4096 + 4 * B * T).reshape(B, T, V)
+    return np.frombuffer(view, np.float64, len(CLAIMS)), tokens, logits
+
+
+def answer_queries(logits_of: LogitsOf, scale: Scale, own_claims: dict[str, float]) -> None:
+    """Serve the referee until it hangs up: a frame asks for n rows, the same frame answers."""
+    import numpy as np
+    import torch
+
+    ask, answer, memory = map(int, os.environ["AUTORESEARCH_REFEREE"].split(","))
+    claims, tokens, logits = exchange(memory, scale)
+    claims[:] = [own_claims[name] for name in CLAIMS]
+    os.write(answer, READY)
+    while frame := os.read(ask, 4):
+        (n,) = struct.unpack("<I", frame)
+        said = logits_of(torch.from_numpy(tokens[:n].astype(np.int64)))
+        torch.from_numpy(logits[:n]).copy_(checked(said, logits[:n].shape))
+        os.write(answer, frame)
+
+
+# ---------------------------------------------------------------------------
+# The referee: one run, scored from outside
+# ---------------------------------------------------------------------------
+
+
+class Confined:
+    """One run of train.py in a process of its own, reached by a pipe and shared memory only."""
+
+    def __init__(self, work: str, log: Path, scale: Scale, rows: Path, seed: int):
+        self.log, self.started, self.deadline = log, time.monotonic(), math.inf
+        if sys.platform == "linux":
+            memory = os.memfd_create("logits")
+        else:
+            memory = os.dup(tempfile.TemporaryFile().fileno())
+        self.claims, self.tokens, self.logits = exchange(memory, scale)
+        ask_read, self.ask = os.pipe()
+        self.answers, answer_write = os.pipe()
+        theirs = (ask_read, answer_write, memory)
+        environment = {k: v for k, v in os.environ.items() if PASSED_ON.fullmatch(k)}
+        environment |= {
+            "AUTORESEARCH_SCALE": scale.name,
+            "AUTORESEARCH_ROWS": str(rows),
+            "AUTORESEARCH_SEED": str(seed),
+            "AUTORESEARCH_REFEREE": ",".join(map(str, theirs)),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        with open(log, "wb") as out:
+            self.child = subprocess.Popen(
+                [sys.executable, "train.py"], cwd=work, env=environment, pass_fds=theirs,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+            )
+        for descriptor in theirs:
+            os.close(descriptor)
+
+    def await_frame(self, expected: bytes, seconds: float) -> None:
+        """Wait for one frame. Raises Crash for silence, another frame or the end of train.py."""
+        frame, deadline = b"", time.monotonic() + seconds
+        while len(frame) < len(expected):
+            readable, _, _ = select.select([self.answers, sys.stdin], [], [], 0.25)
+            if sys.stdin in readable and not os.read(sys.stdin.fileno(), 4096):
+                raise KeyboardInterrupt  # whoever started this referee is gone
+            if self.answers in readable:
+                part = os.read(self.answers, len(expected) - len(frame))
+                if not part:
+                    raise Crash(self.last_words())
+                frame += part
+            elif self.child.poll() is not None:
+                raise Crash(self.last_words())
+            elif time.monotonic() > deadline:
+                raise Crash(f"timeout: no answer within {seconds:.0f} s")
+        if frame != expected:
+            raise Crash("garbage on the pipe")
+
+    def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        n = len(tokens)
+        self.tokens[:n] = tokens.numpy()
+        frame = struct.pack("<I", n)
+        try:
+            os.write(self.ask, frame)
+        except BrokenPipeError:
+            raise Crash(self.last_words()) from None
+        self.await_frame(frame, self.deadline - time.monotonic())
+        # A copy: train.py could change the shared memory between two passes of the arithmetic.
+        logits = torch.from_numpy(self.logits[:n]).clone()
+        return logits.cuda() if torch.cuda.is_available() else logits
+
+    def last_words(self) -> str:
+        """Why train.py ended, from its exit status and the last exception in its log."""
+        try:
+            status = self.child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "hung up without an answer"
+        if status <= 0:
+            how = f"killed by signal {-status} {signal.strsignal(-status)}" if status else "exited"
+            return f"{how} before finish(model) had its answers"
+        tail = self.log.read_bytes()[-20_000:].decode("utf-8", errors="replace").splitlines()
+        errors = [line for line in tail if re.match(r"[\w.]+(Error|Exception|Exit|Crash)\b", line)]
+        return errors[-1] if errors else f"exit status {status}"
+
+    def end(self) -> None:
+        """Hang up, give train.py a moment to leave, kill what is left of its process group."""
+        os.close(self.ask)
+        try:
+            self.child.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.child.wait()
+
+
+def referee(folder: Path, seed: int, run: int, timeout: float) -> None:
+    """Train `folder`/train.py once, score it, write run.log and result.json there.
+
+    `run` counts the runs of one experiment: the second writes run-2.log and result-2.json.
+    `timeout` bounds the wall-clock seconds from the start to the first logits. A run without a
+    result has `"status": "crash"` and a `reason`.
+    """
+    scale, suffix = current_scale(), f"-{run}" if run > 1 else ""
+    rows, log = rows_folder(scale)[0], folder / f"run{suffix}.log"
+    result: dict[str, Any] = {"status": "crash", "reason": "", "val_bpb": None, "seed": seed}
+    work = tempfile.mkdtemp(prefix="work-", dir=folder)
+    try:
+        shutil.copy(folder / "train.py", work)
+        confined = Confined(work, log, scale, rows, seed)
+        import torch  # while train.py trains
+
+        try:
+            confined.await_frame(READY, timeout)
+            trained = time.monotonic()
+            confined.deadline = trained + EVALUATION_SECONDS
+            claimed = zip(CLAIMS, confined.claims.tolist(), strict=True)
+            result |= {name: value if math.isfinite(value) else 0.0 for name, value in claimed}
+            result["start_seconds"] = trained - confined.started - result["training_wall_seconds"]
+            result["val_bpb"] = evaluate(confined.logits_of, rows, "val", scale)
+            result["evaluation_seconds"] = time.monotonic() - trained
+            result["status"] = "ok"
+        except (Crash, torch.OutOfMemoryError) as crash:
+            result["reason"] = " ".join(str(crash).split())[:300]
+        finally:
+            confined.end()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    result["total_seconds"] = time.monotonic() - confined.started
+    if result["status"] == "ok":
+        with open(log, "a", encoding="utf-8") as out:
+            out.write("\n" + summary(result) + "\n")
+    write_atomic(folder / f"result{suffix}.json", [json.dumps(result, indent=1).encode()])
+
+
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+
+
+def main() -> None:
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--corpus", metavar="PATH", help="text, JSONL or Parquet (column `text`)")
+    commands = parser.add_subparsers(dest="command")
+    one_run = commands.add_parser("referee", help="train FOLDER/train.py once and score it")
+    one_run.add_argument("folder", type=Path)
+    one_run.add_argument("--seed", type=int, default=0)
+    one_run.add_argument("--run", type=int, default=1)
+    one_run.add_argument("--timeout", type=float, default=86_400)
+    args = parser.parse_args()
+    try:
+        if args.command == "referee":
+            return referee(args.folder, args.seed, args.run, args.timeout)
+        scale = current_scale()
+        folder = ensure_rows(scale, args.corpus)
+    except OSError as error:
+        raise SetupError(str(error), "AUTORESEARCH_CACHE=/path python agent.py; df -h") from error
+    except KeyboardInterrupt:
+        sys.exit(130)
+    import torch
+
+    manifest = (folder / "manifest.json").read_bytes()
+    cpu = f"CPU, {os.cpu_count()} cores"
+    facts = dataclasses.asdict(scale) | {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "rows": str(folder),
+        "source": json.loads(manifest)["source"],
+        "tokens": json.loads(manifest)["tokens"],
+        "manifest": hashlib.sha256(manifest).hexdigest()[:16],
+    }
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""A real checkout in tmp_path with a second-long contest: the real program, small numbers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
+
+# A unigram model: counts tokens, answers SHARPNESS * log(count). Its best SHARPNESS is 1.
+TOY = """\
+import torch
+
+from prepare import batches, current_scale, finish, run_seed
+
+SHARPNESS = 0.5
+PASSES = 4
+SCALE = current_scale()
+
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.counts = torch.nn.Parameter(torch.ones(SCALE.vocab_size))
+
+    def forward(self, tokens):
+        return (SHARPNESS * self.counts.log()).expand(*tokens.shape, -1)
+
+
+def main():
+    torch.manual_seed(run_seed())
+    model, steps = Toy(), 0
+    for x, y, progress in batches(8, torch.device("cpu")):
+        model.counts.data += torch.bincount(y.flatten(), minlength=SCALE.vocab_size)
+        steps += 1
+        print(f"step {steps} ({100 * progress:.0f}%)")
+    finish(model, num_steps=steps, depth=1)
+
+
+main()
+"""
+
+
+def sh(*command, cwd, env=None, timeout=120, **more):
+    """Run a command to its end; its output as text."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=env,
+        timeout=timeout,
+        capture_output=True,
+        encoding="utf-8",
+        **more,
+    )
+
+
+class Checkout:
+    """A git repository with the product in it, and the environment to run it."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder = folder
+        folder.mkdir()
+        for name in ("agent.py", "prepare.py", "program.md", ".gitignore"):
+            shutil.copy(ROOT / name, folder)
+        prepare = folder / "prepare.py"
+        text, found = re.subn(r'Scale\("cpu", .*?\)', TINY, prepare.read_text(encoding="utf-8"))
+        assert found == 1
+        prepare.write_text(text, encoding="utf-8")
+        self.write_train(TOY)
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("ANTHROPIC", "AUTORESEARCH", "GIT_"))
+        }
+        self.env = kept | {
+            "AUTORESEARCH_CACHE": str(cache),
+            "AUTORESEARCH_SCALE": "cpu",
+            "AUTORESEARCH_BUDGET_TOKENS": "8192",
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+        }
+        self.git("init", "-q", "-b", "main")
+        self.commit_all()
+
+    def git(self, *arguments, check=True):
+        identity = ["-c", "user.name=a person", "-c", "user.email=person@example.com"]
+        done = sh("git", *identity, *arguments, cwd=self.folder, env=self.env)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def commit_all(self):
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", "start")
+
+    def write_train(self, text):
+        (self.folder / "train.py").write_text(text, encoding="utf-8")
+
+    def patch(self, name, old, new, base=TOY):
+        """A patch file beside the checkout, as a whole train.py."""
+        assert old in base
+        path = self.folder.parent / name
+        path.write_text(base.replace(old, new), encoding="utf-8")
+        return path
+
+    def agent(self, *arguments, env=None, timeout=300):
+        return sh(
+            sys.executable,
+            "agent.py",
+            *arguments,
+            cwd=self.folder,
+            env=self.env | (env or {}),
+            timeout=timeout,
+        )
+
+    def rows(self):
+        lines = (self.folder / "results.tsv").read_text(encoding="utf-8").splitlines()
+        return [
+            dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]
+        ]
+
+    def refs(self, prefix="refs/autoresearch/"):
+        return self.git("for-each-ref", "--format=%(refname)", prefix).split()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def checkout(tmp_path, cache):
+    return Checkout(tmp_path / "checkout", cache)
+
+
+class ApiServer(ThreadingHTTPServer):
+    """The Messages API by script: a POST takes the next reply; caching is counted as documented."""
+
+    daemon_threads = True
+
+    def __init__(self, *replies):
+        self.replies, self.requests, self.cache = list(replies), [], set()
+        self.status, self.error_type = 200, ""
+        super().__init__(("127.0.0.1", 0), ApiHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def env(self):
+        return {
+            "ANTHROPIC_API_KEY": "sk-test-key",
+            "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{self.server_port}",
+        }
+
+    def usage(self, request):
+        """Token counts at 4 characters; what stands before a known mark is read from cache."""
+        prefix, read, written = "", 0, 0
+        content = request["messages"][0]["content"]
+        for block in [*request["system"], *content]:
+            prefix += block["text"]
+            if "cache_control" in block:
+                if prefix in self.cache:
+                    read = len(prefix) // 4
+                else:
+                    self.cache.add(prefix)
+                    written = len(prefix) // 4 - read
+        fresh = len(prefix) // 4 - read - written
+        return {
+            "input_tokens": fresh,
+            "cache_read_input_tokens": read,
+            "cache_creation_input_tokens": written,
+        }
+
+
+class ApiHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def send(self, status, kind, data):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def refuse(self, message):
+        error = {"type": "error", "error": {"type": self.server.error_type, "message": message}}
+        self.send(self.server.status, "application/json", json.dumps(error).encode())
+
+    def do_GET(self):
+        if self.server.status != 200:
+            return self.refuse(self.path.removeprefix("/v1/models/"))
+        about = {
+            "id": "m",
+            "type": "model",
+            "display_name": "m",
+            "created_at": "2026-01-01T00:00:00Z",
+        }
+        self.send(200, "application/json", json.dumps(about).encode())
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request)
+        if self.server.status != 200:
+            return self.refuse("no")
+        usage = self.server.usage(request)
+        reply = self.server.replies.pop(0)
+        block, stop = reply if isinstance(reply, tuple) else (reply, "tool_use")
+        events = [
+            {
+                "type": "message_start",
+                "message": {
+                    "id": "msg",
+                    "type": "message",
+                    "role": "assistant",
+                    "model": "m",
+                    "content": [],
+                    "stop_reason": None,
+                    "stop_sequence": None,
+                    "usage": {**usage, "output_tokens": 1},
+                },
+            }
+        ]
+        if isinstance(block, str):
+            events += [
+                {
+                    "type": "content_block_start",
+                    "index": 0,
+                    "content_block": {"type": "text", "text": ""},
+                },
+                {
+                    "type": "content_block_delta",
+                    "index": 0,
+                    "delta": {"type": "text_delta", "text": block},
+                },
+                {"type": "content_block_stop", "index": 0},
+            ]
+        elif block is not None:
+            tool = {"type": "tool_use", "id": "toolu_1", "name": "propose", "input": {}}
+            delta = {"type": "input_json_delta", "partial_json": json.dumps(block)}
+            events += [
+                {"type": "content_block_start", "index": 0, "content_block": tool},
+                {"type": "content_block_delta", "index": 0, "delta": delta},
+                {"type": "content_block_stop", "index": 0},
+            ]
+        events += [
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": stop, "stop_sequence": None},
+                "usage": {"output_tokens": 100},
+            },
+            {"type": "message_stop"},
+        ]
+        lines = "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
+        self.send(200, "text/event-stream", lines.encode())
+
+
+def proposal(search, replace, description="an idea", **more):
+    """The input of a `propose` call with one edit."""
+    edit = {"search": search, "replace": replace, **more}
+    return {"description": description, "hypothesis": "it should help", "edits": [edit]}
+
+
+@pytest.fixture
+def api():
+    servers = []
+
+    def start(*replies):
+        servers.append(ApiServer(*replies))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def cpu_rows(cache):
+    """The environment of the real cpu scale, its rows prepared once."""
+    environment = os.environ | {"AUTORESEARCH_SCALE": "cpu", "AUTORESEARCH_CACHE": str(cache)}
+    done = sh(sys.executable, "prepare.py", cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return environment
