@@ -1,0 +1,198 @@
+"""train.py against oracles: plain attention, plain cross-entropy, SVD, determinism."""
+
+import ast
+import importlib
+import os
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, sh
+
+import prepare
+
+
+@pytest.fixture(scope="module")
+def train():
+    """The training file at the cpu scale, imported without training anything."""
+    before = os.environ.get("AUTORESEARCH_SCALE")
+    os.environ["AUTORESEARCH_SCALE"] = "cpu"
+    yield importlib.import_module("train")
+    os.environ.pop("AUTORESEARCH_SCALE") if before is None else None
+
+
+@pytest.fixture
+def model(train):
+    torch.manual_seed(0)
+    model = train.build_model()
+    model.init_weights()
+    for weight in model.parameters():  # leave the identity that it starts from
+        weight.data += 0.1 * torch.randn_like(weight)
+    return model
+
+
+def tokens(rows, length, seed=0):
+    return torch.randint(1024, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_chunked_loss_and_its_gradients_agree_with_cross_entropy(train, model):
+    x, y = tokens(5, 100), tokens(5, 100, seed=1)  # 500 tokens: the last chunk is not full
+    loss = model.loss(x, y)
+    loss.backward()
+    got = {name: p.grad.to_dense() for name, p in model.named_parameters()}
+    model.zero_grad()
+    plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(got[name], parameter.grad.to_dense(), atol=1e-6, rtol=1e-3), name
+
+
+def test_no_position_sees_a_later_token_or_another_row(model):
+    model.eval()
+    x = tokens(3, 128)
+    with torch.no_grad():
+        before = model(x)
+        changed = x.clone()
+        changed[:, 77:] = tokens(3, 51, seed=2)
+        changed[2] = tokens(1, 128, seed=3)
+        after = model(changed)
+    assert torch.equal(before[:2, :77], after[:2, :77])
+    assert not torch.equal(before[:2, 77], after[:2, 77])
+
+
+def test_short_window_sees_just_its_tokens(train, model):
+    """Layer 0 alone, against attention written out with a mask."""
+    block = model.blocks[0].attention
+    assert block.window == 128 // train.SHORT_WINDOW_DIVISOR
+    x = torch.randn(2, 128, model.width)
+    got = block(x, None, model.cos, model.sin, model.mask)
+
+    def heads(y):
+        return y.view(2, 128, -1, train.HEAD_DIM).transpose(1, 2)
+
+    q, k, v = heads(block.query(x)), heads(block.key(x)), heads(block.value(x))
+    q, k = (train.norm(train.rotate(y, model.cos, model.sin)) for y in (q, k))
+    weights = q @ k.mT / train.HEAD_DIM**0.5
+    back = torch.arange(128)[:, None] - torch.arange(128)[None]
+    weights = weights.masked_fill((back < 0) | (back > block.window), -torch.inf).softmax(-1)
+    expected = block.out((weights @ v).transpose(1, 2).reshape(2, 128, -1))
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_rotation_makes_scores_depend_on_distance_only(train, model):
+    q, k = torch.randn(1, 1, 1, train.HEAD_DIM), torch.randn(1, 1, 1, train.HEAD_DIM)
+    spread = [train.rotate(y.expand(1, 1, 128, -1), model.cos, model.sin)[0, 0] for y in (q, k)]
+    scores = spread[0] @ spread[1].T
+    assert torch.allclose(scores[10, 7], scores[100, 97], atol=1e-4)
+    assert not torch.allclose(scores[10, 7], scores[10, 3], atol=1e-2)
+
+
+def test_orthogonalize_comes_near_the_polar_factor(train):
+    torch.manual_seed(0)
+    for shape in ((2, 32, 64), (2, 64, 32)):
+        g = torch.randn(*shape)
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        values = torch.linalg.svdvals(train.orthogonalize(g))
+        assert ((values > 0.6) & (values < 1.3)).all()
+        cosine = F.cosine_similarity(train.orthogonalize(g).flatten(1), (u @ v).flatten(1))
+        assert (cosine > 0.98).all()
+
+
+def test_muon_step_keeps_the_size_of_the_update_and_decays_only_where_it_agrees(train):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(16, 8)) for _ in range(3)]
+    before = torch.stack([w.detach().clone() for w in weights])
+    optimizer = train.Muon([dict(params=weights, lr=0.1)])
+    optimizer.param_groups[0] |= dict(momentum=0.9, weight_decay=0.0)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    moved = before - torch.stack([w.detach() for w in weights])
+    per_step = 0.1 * (16 / 8) ** 0.5
+    assert torch.allclose(moved.norm(dim=(1, 2)), torch.full((3,), per_step * 8**0.5), rtol=0.15)
+
+
+def test_hashed_ngrams_depend_on_their_n_tokens_only(train):
+    x = tokens(2, 64)
+    changed = x.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % 1024
+    differs = (
+        (train.hashed_ngrams(x, 2) != train.hashed_ngrams(changed, 2)).any(0).nonzero().flatten()
+    )
+    assert differs.tolist() == [10, 11]
+    rows = train.hashed_ngrams(tokens(200, 128), 2)
+    assert 0 <= rows.min() and rows.max() < train.NGRAM_ROWS
+    assert rows.unique().numel() > 0.5 * train.NGRAM_ROWS * (
+        1 - 2.718 ** (-rows.numel() / train.NGRAM_ROWS)
+    )
+
+
+def test_schedules_are_pure_functions_of_progress(train):
+    assert train.lr_multiplier(0) == 1 and train.lr_multiplier(1) == pytest.approx(
+        train.FINAL_LR_FRAC
+    )
+    values = [train.lr_multiplier(p / 100) for p in range(101)]
+    assert values == sorted(values, reverse=True)
+    assert train.muon_momentum(0) == train.MUON_MOMENTUM_START
+    assert train.muon_momentum(10**6) == pytest.approx(train.MUON_MOMENTUM)
+    assert train.muon_weight_decay(1) == 0
+
+
+@pytest.mark.parametrize("scale", [scale.name for scale in prepare.SCALES])
+def test_every_scale_builds_on_the_meta_device(scale):
+    code = (
+        "import torch, train\n"
+        "with torch.device('meta'): model = train.build_model()\n"
+        "print(sum(p.numel() for p in model.parameters()), model.flops_per_token(), model.width)\n"
+    )
+    environment = os.environ | {"AUTORESEARCH_SCALE": scale}
+    done = sh(sys.executable, "-c", code, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    parameters, flops, width = map(int, done.stdout.split())
+    assert flops > 0 and parameters > 0 and width % 32 == 0
+    if scale == "gpu":  # the end of the field's published night: 9 layers x 640, 80.9 M parameters
+        assert width == 640 and parameters == pytest.approx(80.9e6, rel=0.01)
+
+
+def test_hyperparameters_bear_the_fields_names_one_literal_a_line():
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    names = {
+        t.id
+        for s in ast.parse(source).body
+        if isinstance(s, ast.Assign)
+        for t in s.targets
+        if isinstance(t, ast.Name)
+    }
+    wanted = """DEPTH HEAD_DIM WINDOW_PATTERN TOTAL_BATCH_SIZE DEVICE_BATCH_SIZE EMBEDDING_LR
+        UNEMBEDDING_LR MATRIX_LR SCALAR_LR WEIGHT_DECAY ADAM_BETAS WARMDOWN_RATIO FINAL_LR_FRAC"""
+    assert set(wanted.split()) <= names
+    assert re.search(r"^MATRIX_LR = [\d.]+ ", source, re.M)
+
+
+def test_same_seed_twice_gives_the_same_val_bpb(cpu_rows):
+    """The real model on a budget in tokens, as a person starts it."""
+    environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "81920", "AUTORESEARCH_SEED": "3"}
+    first, second, other = (
+        sh(sys.executable, "train.py", cwd=ROOT, env=environment | more).stdout
+        for more in ({}, {}, {"AUTORESEARCH_SEED": "4"})
+    )
+    scores = [
+        re.search(r"^val_bpb: +(\d\.\d{6})$", text, re.M)[1] for text in (first, second, other)
+    ]
+    assert scores[0] == scores[1] != scores[2]
+    keys = re.findall(r"^(\w+): ", first.split("---\n")[1], re.M)
+    assert keys == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
+                    "total_tokens_M", "num_steps", "num_params_M", "depth"]  # fmt: skip
+
+
+def test_diverging_run_ends_early_with_its_reason(cpu_rows, tmp_path):
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(
+        source.replace("MATRIX_LR = 0.04", "MATRIX_LR = float('nan')")
+    )
+    environment = cpu_rows | {"PYTHONPATH": str(ROOT), "AUTORESEARCH_BUDGET_TOKENS": "409600"}
+    done = sh(sys.executable, "train.py", cwd=tmp_path, env=environment)
+    assert done.returncode == 1 and "FloatingPointError: loss is nan" in done.stderr
