@@ -1,0 +1,511 @@
+"""agent.py: the real program, real git, the real SDK against a scripted server."""
+
+import difflib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TOY, proposal
+
+import agent
+from agent import Edit, Rejected, apply_edits, judge, read_knobs
+
+# ---------------------------------------------------------------------------
+# The keep rule
+# ---------------------------------------------------------------------------
+
+SIGMA = 0.01
+
+
+def verdict(*values, best=1.0, lowest=1.0, simpler=False):
+    return judge(list(values), best, SIGMA, lowest, simpler)[0]
+
+
+def test_gain_above_four_sigma_is_kept_at_once():
+    assert verdict(1 - 4.1 * SIGMA) == "keep"
+    assert verdict(1 - 3.9 * SIGMA) == "again"
+
+
+def test_worse_than_the_best_is_dropped_after_one_run():
+    assert verdict(1 + 0.1 * SIGMA) == "discard"
+
+
+def test_confirmation_needs_the_mean_of_two_to_gain_sigma_over_root_two():
+    assert verdict(1 - 1.0 * SIGMA, 1 - 0.42 * SIGMA) == "keep"
+    assert verdict(1 - 1.0 * SIGMA, 1 - 0.40 * SIGMA) == "discard"
+
+
+def test_simplification_may_lose_half_a_sigma_but_only_by_the_mean_of_two():
+    assert verdict(1 + 0.4 * SIGMA, simpler=True) == "again"
+    assert verdict(1 + 0.4 * SIGMA, 1 + 0.4 * SIGMA, simpler=True) == "keep"
+    assert verdict(1 + 0.6 * SIGMA, simpler=True) == "discard"
+    assert verdict(1 + 0.4 * SIGMA, 1 + 0.7 * SIGMA, simpler=True) == "discard"
+
+
+def test_gain_too_good_to_be_true_is_set_aside():
+    assert judge([0.5], 1.0, SIGMA, 1.0, False)[1].startswith("suspicious")
+    assert judge([0.96], 1.0, 0.001, 1.0, False) == ("keep", "")  # under 5 %
+    assert judge([0.5], 1.0, SIGMA, 0.55, False) == ("keep", "")  # not beyond what was seen
+
+
+def test_identical_candidates_are_rarely_kept():
+    """Twenty A/A pairs a night: the rule's false keeps, against keeping any drop."""
+    draw, kept, greedy = random.Random(1), 0, 0
+    for _ in range(2000):
+        best = statistics.fmean(draw.gauss(1, SIGMA) for _ in range(3))
+        values = [draw.gauss(1, SIGMA)]
+        greedy += values[0] < best
+        while verdict(*values, best=best) == "again":
+            values.append(draw.gauss(1, SIGMA))
+        kept += verdict(*values, best=best) == "keep"
+    assert kept < 0.6 * greedy
+
+
+def test_sigma_starts_from_the_prior_and_follows_repeated_runs():
+    run = agent.Run("t", {"sigma": 0.01}, "start")
+    run.history = [agent.Experiment(0, "", status="keep", values=[1.0])]
+    assert run.sigma() == pytest.approx(0.01)
+    run.history = [agent.Experiment(n, "", status="discard", values=[1.0, 1.2]) for n in range(500)]
+    assert run.sigma() == pytest.approx(statistics.stdev([1.0, 1.2]), rel=0.01)
+
+
+# ---------------------------------------------------------------------------
+# Edits, patches, knobs
+# ---------------------------------------------------------------------------
+
+
+def test_edit_that_matches_nowhere_names_the_nearest_lines():
+    with pytest.raises(Rejected, match="matches nowhere") as rejection:
+        apply_edits(TOY, [Edit("SHARPNES = 0.5", "SHARPNESS = 1.0")])
+    assert "SHARPNESS = 0.5" in str(rejection.value)
+
+
+def test_edits_are_all_made_or_none():
+    with pytest.raises(Rejected, match="edit 2 matches 2 places"):
+        apply_edits("a\nb\nb\n", [Edit("a", "c"), Edit("b", "d")])
+    assert apply_edits("a\nb\n", [Edit("a", "c"), Edit("b", "d")]) == "c\nd\n"
+
+
+def test_edit_of_another_file_is_rejected():
+    with pytest.raises(Rejected, match="prepare.py"):
+        apply_edits(TOY, [Edit("a", "b", "prepare.py")])
+
+
+KNOBS = """
+RATE = 0.04  # µ before the literal: columns are bytes
+DEPTH = {"cpu": 2, "gpu": 9}[SCALE.name]; BETAS = (0.8, 0.95)
+BATCH, NAME = 64, "no number"
+SIZE = 2048
+assert SIZE % (SCALE.sequence_len * 16) == 0, "whole passes"
+def main():
+    INSIDE = 3
+"""
+
+
+def test_knobs_are_the_numbers_above_the_first_definition():
+    knobs = read_knobs(KNOBS, "cpu")
+    assert {name: knob.value for name, knob in knobs.items()} == {
+        "RATE": 0.04,
+        "DEPTH": 2,
+        "BETAS[0]": 0.8,
+        "BETAS[1]": 0.95,
+        "SIZE": 2048,
+    }
+
+
+def test_setting_knobs_changes_their_literals_only():
+    knobs = read_knobs(KNOBS, "cpu")
+    changed = agent.set_knobs(
+        KNOBS, {knobs["RATE"]: 0.05, knobs["DEPTH"]: 3, knobs["BETAS[1]"]: 0.9}
+    )
+    expected = KNOBS.replace("0.04", "0.05").replace('"cpu": 2', '"cpu": 3').replace("0.95", "0.9")
+    assert changed == expected
+
+
+def test_sizes_step_by_factors_of_two_and_assertions_of_divisibility_are_seen():
+    knobs, scale = read_knobs(KNOBS, "cpu"), {"name": "cpu", "sequence_len": 128}
+    assert knobs["SIZE"].at(2) == 4096 and knobs["SIZE"].step_of(1024) == -2
+    assert agent.asserts_hold(KNOBS, scale)
+    assert not agent.asserts_hold(agent.set_knobs(KNOBS, {knobs["SIZE"]: 1024}), scale)
+    assert agent.asserts_hold("assert __import__('os').abort()\n", scale)  # not evaluated
+
+
+def test_journal_message_survives_a_round_trip():
+    done = agent.Experiment(
+        7,
+        "a → b: c",
+        'why\n\nStatus: "keep"',
+        "claude",
+        0.25,
+        "crash",
+        "Error: x",
+        2,
+        [1.5],
+        3,
+        0.5,
+    )
+    read, settings = agent.parse_message("abc", agent.commit_message(done, "cpu: 60"))
+    done.hypothesis, done.commit = 'why Status: "keep"', "abc"
+    assert (read, settings) == (done, "cpu: 60")
+
+
+# ---------------------------------------------------------------------------
+# Whole nights
+# ---------------------------------------------------------------------------
+
+
+def statuses(checkout):
+    return [row["status"] for row in checkout.rows()]
+
+
+def test_three_patches_are_kept_dropped_and_crashed(checkout):
+    better = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
+    worse = checkout.patch("worse.py", "SHARPNESS = 0.5", "SHARPNESS = 0.3")
+    crash = checkout.patch("crash.py", "steps = Toy(), 0", "steps = Toy(), 1 / 0")
+    head, index = checkout.git("rev-parse", "HEAD"), (checkout.folder / ".git/index").read_bytes()
+    done = checkout.agent("--patches", better, worse, crash, "--tag", "t")
+    assert done.returncode == 0, done.stderr
+    assert statuses(checkout) == ["keep", "keep", "discard", "crash"]
+    assert checkout.rows()[3]["val_bpb"] == "nan"
+    assert "ZeroDivisionError" in checkout.rows()[3]["description"]
+    assert checkout.refs() == [f"refs/autoresearch/t/{n}" for n in (1, 2, 3)]
+    assert checkout.git("diff", "--name-only", "main", "autoresearch/t") == "train.py"
+    assert checkout.git("status", "--porcelain") == "?? results.tsv"
+    assert checkout.git("rev-parse", "HEAD") == head
+    assert (checkout.folder / ".git/index").read_bytes() == index
+    folder = checkout.folder / "runs/t/1"
+    assert {"train.py", "proposal.json", "run.log", "result.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert "SHARPNESS = 0.6" in (folder / "train.py").read_text()
+    assert (folder / "run.log").read_text().count("\nval_bpb:") == 1
+    again = checkout.agent("--patches", better, worse, crash)
+    assert again.returncode == 0 and len(checkout.rows()) == 4  # passed over
+
+
+def diff_of(checkout, name, prose, old, new, file="train.py"):
+    """A unified diff under a line of prose."""
+    before = (checkout.folder / file).read_text()
+    after = before.replace(old, new)
+    lines = difflib.unified_diff(
+        before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}"
+    )
+    path = checkout.folder.parent / name
+    path.write_text(f"{prose}\n\n" + "".join(lines))
+    return path
+
+
+def test_diff_applies_to_the_best_and_is_named_by_its_prose(checkout):
+    first = diff_of(checkout, "1.diff", "sharper answers", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
+    second = diff_of(
+        checkout, "2.diff", "count more slowly", "+= torch.bincount", "+= 0.5 * torch.bincount"
+    )
+    foreign = diff_of(checkout, "3.diff", "easier", "60, 8192", "60, 4096", "prepare.py")
+    done = checkout.agent("--patches", first, second, foreign, "--tag", "t")
+    assert done.returncode == 0, done.stderr
+    described = [row["description"].split(" (")[0] for row in checkout.rows()]
+    assert described == ["baseline", "sharper answers", "count more slowly"]
+    assert "rejected: 3.diff" in done.stderr
+    tried = checkout.git("show", "refs/autoresearch/t/2:train.py")
+    assert "SHARPNESS = 0.6" in tried and "0.5 * torch.bincount" in tried
+
+
+def test_sampler_night_needs_no_key_and_its_keeps_cherry_pick(checkout):
+    done = checkout.agent("--experiments", "4", "--tag", "t")
+    assert done.returncode == 0, done.stderr
+    assert "an API key is not set" in done.stderr
+    rows = checkout.rows()
+    assert [row["experiment"] for row in rows] == list("01234") and len(checkout.refs()) == 4
+    assert len(done.stdout.splitlines()) == 5
+    kept = checkout.git("rev-list", "--reverse", "main..autoresearch/t").split()
+    assert len(kept) == statuses(checkout).count("keep") - 1
+    checkout.git("switch", "-q", "-c", "picked", "main")
+    for commit in kept:
+        checkout.git("cherry-pick", commit)
+    assert checkout.git("diff", "autoresearch/t", "HEAD", "--", "train.py") == ""
+
+
+def test_claude_session_of_good_invalid_duplicate_and_refused_replies(checkout, api):
+    server = api(
+        proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6", "sharper"),  # experiment 1, kept
+        proposal("SHARPNESS = 0.5", "SHARPNESS = 0.7"),  # matches nowhere any more
+        proposal("steps", "stops"),  # matches often
+        proposal("SHARPNESS = 0.6", "SHARPNESS = (0.7"),  # does not compile
+        proposal("SHARPNESS = 0.6", "SHARPNESS = 0.4", "blunter"),  # experiment 2, dropped
+        proposal("SHARPNESS = 0.6", "SHARPNESS = 0.4"),  # duplicate of 2
+        proposal("SHARPNESS = 0.6", "SHARPNESS = 0.6  # sharp"),  # a comment
+        (None, "refusal"),
+        ("prose only", "end_turn"),  # the third repair turn: given up, a fresh conversation
+        ({"description": "x"}, "tool_use"),  # against the schema
+        proposal("a", "b", file="prepare.py"),  # another file
+        (proposal("SHARPNESS = 0.6", "SHARPNESS = 0.61"), "max_tokens"),  # cut off
+        proposal("model = Toy", "model = Foy", "never matches"),
+        proposal(
+            "model, steps = Toy(), 0", "model, steps = Toy(), 1 / 0", "divide"
+        ),  # experiment 3
+    )
+    done = checkout.agent("--experiments", "3", "--tag", "t", env=server.env)
+    assert done.returncode == 0, done.stderr
+    rows = checkout.rows()
+    assert [(row["status"], row["description"].split(" (")[0]) for row in rows] == [
+        ("keep", "baseline"),
+        ("keep", "sharper"),
+        ("discard", "blunter"),
+        ("crash", "divide"),
+    ]
+    assert done.stderr.count("rejected: ") == 11 and not server.replies
+    assert done.stderr.count("again: blunter") == 1
+    assert all(float(row["cost_usd"]) > 0 for row in rows[1:])
+    assert "key" not in (checkout.folder / "runs/t/1/run.log").read_text()
+
+
+def prefix(request):
+    blocks = [*request["system"], *request["messages"][0]["content"]]
+    marked = [i for i, block in enumerate(blocks) if "cache_control" in block]
+    return [block["text"] for block in blocks[: marked[-1] + 1]]
+
+
+def test_second_call_reads_the_first_ones_prefix_from_the_cache(checkout, api):
+    server = api(
+        proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4", "blunter"),
+        proposal("SHARPNESS = 0.5", "SHARPNESS = 0.3", "blunter still"),
+        proposal("SHARPNESS = 0.5", "SHARPNESS = 0.2", "blunt"),
+    )
+    done = checkout.agent("--experiments", "3", "--model", "claude-sonnet-5-5", env=server.env)
+    assert done.returncode == 0, done.stderr
+    first, second, third = server.requests
+    assert prefix(first) == prefix(second) == prefix(third)
+    assert "1. discard" in second["messages"][0]["content"][-1]["text"]
+    costs = [float(row["cost_usd"]) for row in checkout.rows()[1:]]
+    assert costs[1] < 0.2 * costs[0]
+    assert first["tools"][0]["strict"] is True and first["stream"] is True
+
+
+def test_unknown_price_is_said_and_written_as_nan(checkout, api):
+    server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4"))
+    done = checkout.agent("--experiments", "1", "--model", "house-blend", env=server.env)
+    assert done.returncode == 0, done.stderr
+    assert "price is not known" in done.stderr and checkout.rows()[1]["cost_usd"] == "nan"
+
+
+def test_best_is_measured_again_after_a_plateau(checkout):
+    program = checkout.folder / "agent.py"
+    program.write_text(program.read_text().replace("MEASURE_AFTER = 10", "MEASURE_AFTER = 3"))
+    worse = [checkout.patch(f"{n}.py", "SHARPNESS = 0.5", f"SHARPNESS = 0.4{n}") for n in range(4)]
+    done = checkout.agent("--patches", *worse, "--tag", "t")
+    assert done.returncode == 0, done.stderr
+    assert statuses(checkout) == ["keep", *["discard"] * 3, "measure", "discard"]
+    measured = checkout.rows()[-2]
+    assert (measured["experiment"], measured["runs"]) == ("0", "1")
+    assert measured["commit"] == checkout.rows()[0]["commit"]
+    assert checkout.refs() == [f"refs/autoresearch/t/{n}" for n in range(1, 5)]
+
+
+def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
+    slow = TOY.replace("steps += 1", "steps += 1; import time; time.sleep(0.05)")
+    checkout.write_train(slow)
+    checkout.git("commit", "-qam", "slow")
+    patches = [
+        checkout.patch(f"{n}.py", "SHARPNESS = 0.5", f"SHARPNESS = 0.{n}", slow) for n in (6, 4, 8)
+    ]
+    command = [sys.executable, "agent.py", "--tag", "t", "--patches", *map(str, patches)]
+    for number in (0, 1, 3):  # the experiment during which the program is killed
+        started = subprocess.Popen(
+            command, cwd=checkout.folder, env=checkout.env, stderr=subprocess.DEVNULL
+        )
+        log, deadline = checkout.folder / f"runs/t/{number}/run.log", time.monotonic() + 60
+        while not (log.exists() and b"step 3" in log.read_bytes()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+        left = f"ps -eo args | grep -c '[r]eferee {checkout.folder}'"
+        while subprocess.run(left, shell=True, capture_output=True).stdout.strip() != b"0":
+            assert time.monotonic() < deadline, "the referee outlived the agent"
+            time.sleep(0.1)
+    done = checkout.agent("--tag", "t", "--patches", *patches)
+    assert done.returncode == 0, done.stderr
+    assert [(row["experiment"], row["status"]) for row in checkout.rows()] == [
+        ("0", "keep"),
+        ("1", "keep"),
+        ("2", "discard"),
+        ("3", "keep"),
+    ]
+    assert len(checkout.refs()) == 3
+    assert checkout.git("fsck", "--no-dangling") == ""
+
+
+def test_lost_rows_and_a_lost_branch_come_back_from_git(checkout):
+    patch = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
+    assert checkout.agent("--patches", patch, "--tag", "t").returncode == 0
+    rows, tip = checkout.rows(), checkout.git("rev-parse", "autoresearch/t")
+    (checkout.folder / "results.tsv").unlink()
+    checkout.git("update-ref", "-d", "refs/heads/autoresearch/t")
+    assert checkout.agent("--patches", patch).returncode == 0
+    assert checkout.rows() == rows and checkout.git("rev-parse", "autoresearch/t") == tip
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_process(checkout):
+    hanging = TOY.replace("    finish(model", "    import time; time.sleep(60); finish(model")
+    checkout.write_train(hanging)
+    checkout.git("commit", "-qam", "hanging")
+    started = subprocess.Popen(
+        [sys.executable, "agent.py", "--tag", "t"],
+        cwd=checkout.folder,
+        env=checkout.env,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    log, deadline = checkout.folder / "runs/t/0/run.log", time.monotonic() + 60
+    while not (log.exists() and b"step" in log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) == 130 and "goes on from here" in started.stderr.read()
+    here = f"{checkout.folder}/runs/t/0".encode()
+    for process in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        try:
+            environment = (
+                open(f"/proc/{process}/cwd").name and os.readlink(f"/proc/{process}/cwd").encode()
+            )
+        except OSError:
+            continue
+        assert not environment.startswith(here)
+
+
+# ---------------------------------------------------------------------------
+# Bad input: two lines, exit code 1, nothing changed
+# ---------------------------------------------------------------------------
+
+
+def refused(checkout, *arguments, env=None):
+    """Run agent.py, expect its two lines, and return the first."""
+    before = checkout.git("for-each-ref"), os.path.exists(checkout.folder / "results.tsv")
+    done = checkout.agent(*arguments, env=env)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and not done.stdout, done.stderr
+    assert lines[-2].startswith("error: ") and lines[-1].startswith("hint: "), lines
+    assert len(lines) == 2 or "too little text" in lines[-2], lines
+    assert before == (checkout.git("for-each-ref"), os.path.exists(checkout.folder / "results.tsv"))
+    return lines[-2]
+
+
+def test_checkout_that_is_not_ready_is_refused(checkout):
+    checkout.write_train(TOY + "\n# edited\n")
+    assert "not committed as it stands" in refused(checkout)
+    (checkout.folder / "train.py").unlink()
+    assert "missing" in refused(checkout)
+    checkout.write_train(TOY)
+    (checkout.folder / "results.tsv").write_text("id\tloss\n1\t2\n")
+    assert "foreign header" in refused(checkout)
+
+
+def test_folder_without_git_is_refused(checkout):
+    (checkout.folder / ".git").rename(checkout.folder.parent / "git")
+    done = checkout.agent()
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "git init" in done.stderr
+
+
+def test_bad_settings_are_refused(checkout, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "little").mkdir()
+    (tmp_path / "little" / "a.txt").write_text("too little text\n" * 50)
+    assert "no positive number" in refused(checkout, "--budget", "0")
+    assert "unknown scale" in refused(checkout, env={"AUTORESEARCH_SCALE": "tpu"})
+    assert "no such file" in refused(checkout, "--corpus", str(tmp_path / "nowhere"))
+    assert "too little text" in refused(checkout, "--corpus", str(tmp_path / "empty"))
+    assert "too little text" in refused(checkout, "--corpus", str(tmp_path / "little"))
+    assert "no such file" in refused(checkout, "--patches", str(tmp_path / "no.diff"))
+    assert "needs a key" in refused(checkout, "--proposer", "claude")
+
+
+def test_refused_key_and_unknown_model_end_before_the_baseline(checkout, api):
+    server = api()
+    server.status, server.error_type = 401, "authentication_error"
+    assert "refuses" in refused(checkout, env=server.env)
+    server.status, server.error_type = 404, "not_found_error"
+    assert "claude-none" in refused(checkout, "--model", "claude-none", env=server.env)
+    assert not server.requests
+
+
+def test_head_on_the_runs_own_branch_is_refused(checkout):
+    patch = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
+    assert checkout.agent("--patches", patch, "--tag", "t").returncode == 0
+    checkout.git("switch", "-q", "autoresearch/t")
+    assert "own branch" in refused(checkout, "--tag", "t")
+
+
+def test_failing_baseline_stops_before_any_paid_call(checkout, api):
+    server = api()
+    checkout.write_train(TOY.replace("finish(model", "print(model"))
+    checkout.git("commit", "-qam", "no finish")
+    assert (
+        "baseline fails" in (done := checkout.agent(env=server.env)).stderr and done.returncode == 1
+    )
+    assert not server.requests and not checkout.refs()
+
+
+PIPE = "int(os.environ['AUTORESEARCH_REFEREE'].split(',')[1])"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("liar", "finish(model, num_steps=steps, depth=1)",
+         "print('val_bpb: 0.1')", "exited before"),
+        ("nan", "return (SHARPNESS", "return (float('nan')", "not finite"),
+        ("shape", ".expand(*tokens.shape, -1)", "", "shape"),
+        ("killed", "finish(model", "import os; os.kill(os.getpid(), 9); finish(model", "signal 9"),
+        ("garbage", "finish(", f"import os; os.write({PIPE}, b'abcd'); finish(", "garbage"),
+    ],
+)  # fmt: skip
+def test_run_without_a_score_is_a_crash_with_its_reason(checkout, name, old, new, reason):
+    patch = checkout.patch(f"{name}.py", old, new)
+    done = checkout.agent("--patches", patch)
+    assert done.returncode == 0, done.stderr
+    assert checkout.rows()[1]["status"] == "crash" and reason in checkout.rows()[1]["description"]
+
+
+def test_hanging_run_is_ended_by_the_hard_timeout(checkout):
+    """At a wall-clock budget the limit is the baseline's own time and OVERTIME."""
+    prepare = checkout.folder / "prepare.py"
+    prepare.write_text(prepare.read_text().replace('32, "cpu", 60', '32, "wall", 1'))
+    program = checkout.folder / "agent.py"
+    program.write_text(program.read_text().replace("OVERTIME = 20.0", "OVERTIME = 2.0"))
+    checkout.git("commit", "-qam", "wall clock")
+    sleep = "    import time; time.sleep(60); finish(model"
+    hang = checkout.patch("hang.py", "    finish(model", sleep)
+    del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
+    done = checkout.agent("--patches", hang)
+    assert done.returncode == 0, done.stderr
+    assert "timeout" in checkout.rows()[1]["description"]
+
+
+# ---------------------------------------------------------------------------
+# The program itself
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_agent_stays_small_and_never_imports_torch(checkout, api):
+    """Peak memory of a whole claude night, optuna included, with everything that it imports."""
+    server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4"))
+    probe = (
+        "import json, sys; import agent, optuna; sys.argv[1:] = ['--experiments', '1']; "
+        "code = agent.main(); status = open('/proc/self/status').read(); "
+        "peak = int(status.split('VmHWM:')[1].split()[0]) / 1024; "
+        "print(json.dumps([code, peak, 'torch' in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe],
+        cwd=checkout.folder,
+        env=checkout.env | server.env,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    code, megabytes, torch = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0 and megabytes < 150 and not torch, done.stderr
