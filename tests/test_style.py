@@ -1,0 +1,57 @@
+"""The house rules that a machine can hold: ceilings, function length, what an import may load."""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+CEILINGS = {
+    "prepare.py": 600,
+    "train.py": 650,
+    "agent.py": 1000,
+    "program.md": 120,
+    "README.md": 150,
+}
+PYTHON = [name for name in CEILINGS if name.endswith(".py")]
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_file_stays_under_its_ceiling(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= CEILINGS[name]
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_functions_stay_short(name):
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    lengths = {
+        n.name: n.end_lineno - n.lineno + 1
+        for n in ast.walk(tree)
+        if isinstance(n, ast.FunctionDef)
+    }
+    assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+    assert statistics.median(lengths.values()) <= 12
+
+
+def test_no_other_python_file_at_the_top():
+    assert {path.name for path in ROOT.glob("*.py")} <= {*PYTHON, "warden.py"}
+
+
+def test_every_dependency_is_imported_by_a_shipped_file():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.M | re.S)[1]
+    source = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in PYTHON)
+    for package in re.findall(r'"([a-z]+)[=>]', listed):
+        assert re.search(rf"^\s*(import|from) {package}\b", source, re.M), package
+
+
+def test_agent_imports_nothing_heavy():
+    heavy = ("torch", "numpy", "optuna", "anthropic", "rich")
+    code = f"import sys, agent; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
