@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 CEILINGS = {
-    "prepare.py": 600,
+    "prepare.py": 770,
     "train.py": 650,
-    "agent.py": 1000,
+    "agent.py": 1180,
     "program.md": 120,
     "README.md": 150,
 }
