@@ -668,12 +668,8 @@ class Confined:
         return errors[-1] if errors else f"exit status {status}"
 
     def end(self) -> None:
-        """Hang up, give train.py a moment to leave, kill what is left of its process group."""
+        """Hang up and kill the process group: what train.py has to say, it has said."""
         os.close(self.ask)
-        try:
-            self.child.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            pass
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
         except ProcessLookupError:
