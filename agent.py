@@ -982,10 +982,11 @@ def show_result(run: Run, done: Experiment) -> None:
 
 
 def show_start(run: Run) -> None:
-    scale, eval_tokens = run.scale, run.scale["eval_tokens"]
+    scale = run.scale
     unit = {"cpu": "CPU seconds", "wall": "seconds", "tokens": "tokens"}[scale["clock"]]
     say(f"run {run.tag}: scale {scale['name']}, {scale['device']}, data: {scale['source']}")
-    say(f"a run trains for {scale['budget']:g} {unit} and is scored on {eval_tokens:,} tokens")
+    scored = f"is scored on {scale['eval_tokens']:,} tokens"
+    say(f"a run trains for {scale['budget']:g} {unit} and {scored}")
     say(f"keeps go to the branch autoresearch/{run.tag}; Ctrl-C stops, the same command goes on")
 
 
@@ -1108,7 +1109,8 @@ def night(args: argparse.Namespace) -> None:
     if own and args.tag in (None, own[1]):
         raise SetupError(f"HEAD is on the run's own branch autoresearch/{own[1]}", "git switch -")
     scale_named(os.environ.get("AUTORESEARCH_SCALE") or "cpu")
-    corpus_files(args.corpus)
+    if args.corpus:
+        corpus_files(args.corpus)
     propose, line = choose_proposer(args)
     caps = {"experiments": args.experiments, "hours": args.hours}
     limits = [f"after {cap:g} {unit}" for unit, cap in caps.items() if cap is not None]
