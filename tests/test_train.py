@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -174,11 +175,14 @@ def test_hyperparameters_bear_the_fields_names_one_literal_a_line():
 
 def test_same_seed_twice_gives_the_same_val_bpb(cpu_rows):
     """The real model on a budget in tokens, as a person starts it."""
-    environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "81920", "AUTORESEARCH_SEED": "3"}
-    first, second, other = (
-        sh(sys.executable, "train.py", cwd=ROOT, env=environment | more).stdout
-        for more in ({}, {}, {"AUTORESEARCH_SEED": "4"})
-    )
+    environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "81920"}
+
+    def train(seed):
+        own = environment | {"AUTORESEARCH_SEED": seed}
+        return sh(sys.executable, "train.py", cwd=ROOT, env=own).stdout
+
+    with ThreadPoolExecutor(3) as side_by_side:
+        first, second, other = side_by_side.map(train, "334")
     scores = [
         re.search(r"^val_bpb: +(\d\.\d{6})$", text, re.M)[1] for text in (first, second, other)
     ]
