@@ -30,9 +30,9 @@ def clone(folder: Path) -> None:
         subprocess.run(["git", *command], cwd=folder, check=True)
 
 
-def timed(agent, spent: Counter, name: str) -> None:
-    """Wrap a function of agent.py so that its wall-clock seconds add up under its name."""
-    inner = getattr(agent, name)
+def timed(module, spent: Counter, name: str) -> None:
+    """Wrap a function of a module so that its wall-clock seconds add up under its name."""
+    inner = getattr(module, name)
 
     def outer(*args, **more):
         started = time.perf_counter()
@@ -43,7 +43,7 @@ def timed(agent, spent: Counter, name: str) -> None:
             if name == "baseline":
                 spent.clear()
 
-    setattr(agent, name, outer)
+    setattr(module, name, outer)
 
 
 def main() -> None:
@@ -60,7 +60,8 @@ def main() -> None:
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         agent, spent = importlib.import_module("agent"), Counter()
-        for name in ("sampler", "record", "train_once", "baseline", "experiment"):
+        timed(importlib.import_module("researcher"), spent, "sampler")
+        for name in ("record", "train_once", "baseline", "experiment"):
             timed(agent, spent, name)
         sys.argv[1:] = ["--proposer", "sampler", "--budget", args.budget]
         sys.argv += ["--experiments", str(args.experiments)]
@@ -74,7 +75,7 @@ def main() -> None:
 
     seconds = {
         "proposal": spent["sampler"] / args.experiments,
-        "start": each("start_seconds"),
+        "start": each("start_wall_seconds"),
         "training": each("training_wall_seconds"),
         "evaluation": each("evaluation_seconds"),
     }

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+PROGRAM = ("agent.py", "journal.py", "researcher.py")
+TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 
 # A unigram model: counts tokens, answers SHARPNESS * log(count). Its best SHARPNESS is 1.
@@ -66,15 +70,13 @@ def sh(*command, cwd, env=None, timeout=120, **more):
 class Checkout:
     """A git repository with the product in it, and the environment to run it."""
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, folder: Path, cache: Path, baseline_runs: int = 1):
         self.folder = folder
         folder.mkdir()
-        for name in ("agent.py", "prepare.py", "program.md", ".gitignore"):
+        for name in (*PROGRAM, *TRUSTED, "program.md", ".gitignore"):
             shutil.copy(ROOT / name, folder)
-        prepare = folder / "prepare.py"
-        text, found = re.subn(r'Scale\("cpu", .*?\)', TINY, prepare.read_text(encoding="utf-8"))
-        assert found == 1
-        prepare.write_text(text, encoding="utf-8")
+        self.exchange("prepare.py", r'Scale\("cpu", .*?\)', TINY)
+        self.exchange("agent.py", r"\nBASELINE_RUNS = 3", f"\nBASELINE_RUNS = {baseline_runs}")
         self.write_train(TOY)
         kept = {
             k: v
@@ -89,6 +91,13 @@ class Checkout:
         }
         self.git("init", "-q", "-b", "main")
         self.commit_all()
+
+    def exchange(self, name, pattern, new):
+        """Put other text in the one place of a file that matches."""
+        path = self.folder / name
+        text, found = re.subn(pattern, new, path.read_text(encoding="utf-8"))
+        assert found == 1, pattern
+        path.write_text(text, encoding="utf-8")
 
     def git(self, *arguments, check=True):
         identity = ["-c", "user.name=a person", "-c", "user.email=person@example.com"]
@@ -178,6 +187,17 @@ class ApiServer(ThreadingHTTPServer):
         }
 
 
+@dataclass
+class Fault:
+    """A reply of the API that is none."""
+
+    status: int = 200
+    body: str = '{"type": "error", "error": {"type": "api_error", "message": "no"}}'
+    headers: dict = field(default_factory=dict)
+    cut: bool = False  # the connection is lost in mid-body
+    hang: float = 0.0  # seconds before anything is said
+
+
 class ApiHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -190,6 +210,18 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def fail(self, fault):
+        time.sleep(fault.hang)
+        self.send_response(fault.status)
+        kind = "text/event-stream" if fault.status == 200 else "application/json"
+        length = str(len(fault.body) + 1000 * fault.cut)
+        headers = {"Content-Type": kind, "Content-Length": length} | fault.headers
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(fault.body.encode())
+        self.close_connection = True
 
     def refuse(self, message):
         error = {"type": "error", "error": {"type": self.server.error_type, "message": message}}
@@ -211,8 +243,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         if self.server.status != 200:
             return self.refuse("no")
-        usage = self.server.usage(request)
         reply = self.server.replies.pop(0)
+        reply = reply(request) if callable(reply) else reply
+        if isinstance(reply, Fault):
+            return self.fail(reply)
+        usage = self.server.usage(request)
         block, stop = reply if isinstance(reply, tuple) else (reply, "tool_use")
         events = [
             {

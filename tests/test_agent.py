@@ -13,8 +13,10 @@ import time
 import pytest
 from conftest import TOY, proposal
 
-import agent
-from agent import Edit, Rejected, apply_edits, judge, read_knobs
+import journal
+import researcher
+from agent import judge
+from researcher import Edit, Rejected, apply_edits, read_knobs
 
 # ---------------------------------------------------------------------------
 # The keep rule
@@ -68,11 +70,30 @@ def test_identical_candidates_are_rarely_kept():
 
 
 def test_sigma_starts_from_the_prior_and_follows_repeated_runs():
-    run = agent.Run("t", {"sigma": 0.01}, "start")
-    run.history = [agent.Experiment(0, "", status="keep", values=[1.0])]
+    run = journal.Run("t", {"sigma": 0.01}, "start")
+    run.history = [journal.Experiment(0, "", status="keep", values=[1.0])]
     assert run.sigma() == pytest.approx(0.01)
-    run.history = [agent.Experiment(n, "", status="discard", values=[1.0, 1.2]) for n in range(500)]
+    twice = {"status": "discard", "values": [1.0, 1.2]}
+    run.history = [journal.Experiment(n, "", **twice) for n in range(500)]
     assert run.sigma() == pytest.approx(statistics.stdev([1.0, 1.2]), rel=0.01)
+
+
+def test_one_diverging_run_does_not_make_noise_of_the_gains_to_come():
+    run = journal.Run("t", {"sigma": 0.002}, "start")
+    run.history = [journal.Experiment(0, "", status="keep", values=[1.0, 1.002, 0.998])]
+    before = run.sigma()
+    diverged = journal.Experiment(1, "", status="discard", values=[0.99, 5.0])
+    run.history.append(diverged)
+    assert before < run.sigma() < 2 * before
+    run.history = [journal.Experiment(0, "", status="keep", values=[1.0, 1.2, 0.8])]
+    assert run.sigma() > 0.1  # what the baseline shows is believed
+
+
+def test_code_in_a_string_is_no_simpler_and_prose_is_free():
+    code = "def f(x):\n    return [x + i for i in range(10)]\n"
+    assert journal.node_count(f"exec({code!r})") >= 0.6 * journal.node_count(code)
+    told = code.replace(":\n", ":\n    'What it does, in a whole sentence.'\n", 1)
+    assert journal.node_count(told) == journal.node_count(code) + 2
 
 
 # ---------------------------------------------------------------------------
@@ -121,7 +142,7 @@ def test_knobs_are_the_numbers_above_the_first_definition():
 
 def test_setting_knobs_changes_their_literals_only():
     knobs = read_knobs(KNOBS, "cpu")
-    changed = agent.set_knobs(
+    changed = researcher.set_knobs(
         KNOBS, {knobs["RATE"]: 0.05, knobs["DEPTH"]: 3, knobs["BETAS[1]"]: 0.9}
     )
     expected = KNOBS.replace("0.04", "0.05").replace('"cpu": 2', '"cpu": 3').replace("0.95", "0.9")
@@ -131,13 +152,13 @@ def test_setting_knobs_changes_their_literals_only():
 def test_sizes_step_by_factors_of_two_and_assertions_of_divisibility_are_seen():
     knobs, scale = read_knobs(KNOBS, "cpu"), {"name": "cpu", "sequence_len": 128}
     assert knobs["SIZE"].at(2) == 4096 and knobs["SIZE"].step_of(1024) == -2
-    assert agent.asserts_hold(KNOBS, scale)
-    assert not agent.asserts_hold(agent.set_knobs(KNOBS, {knobs["SIZE"]: 1024}), scale)
-    assert agent.asserts_hold("assert __import__('os').abort()\n", scale)  # not evaluated
+    assert researcher.asserts_hold(KNOBS, scale)
+    assert not researcher.asserts_hold(researcher.set_knobs(KNOBS, {knobs["SIZE"]: 1024}), scale)
+    assert researcher.asserts_hold("assert __import__('os').abort()\n", scale)  # not evaluated
 
 
 def test_journal_message_survives_a_round_trip():
-    done = agent.Experiment(
+    done = journal.Experiment(
         7,
         "a → b: c",
         'why\n\nStatus: "keep"',
@@ -150,7 +171,7 @@ def test_journal_message_survives_a_round_trip():
         3,
         0.5,
     )
-    read, settings = agent.parse_message("abc", agent.commit_message(done, "cpu: 60"))
+    read, settings = journal.parse_message("abc", journal.commit_message(done, "cpu: 60"))
     done.hypothesis, done.commit = 'why Status: "keep"', "abc"
     assert (read, settings) == (done, "cpu: 60")
 
@@ -168,11 +189,13 @@ def test_three_patches_are_kept_dropped_and_crashed(checkout):
     better = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
     worse = checkout.patch("worse.py", "SHARPNESS = 0.5", "SHARPNESS = 0.3")
     crash = checkout.patch("crash.py", "steps = Toy(), 0", "steps = Toy(), 1 / 0")
+    checkout.exchange("agent.py", "BASELINE_RUNS = 1", "BASELINE_RUNS = 3")
+    checkout.git("commit", "-qam", "three runs")
     head, index = checkout.git("rev-parse", "HEAD"), (checkout.folder / ".git/index").read_bytes()
     done = checkout.agent("--patches", better, worse, crash, "--tag", "t")
     assert done.returncode == 0, done.stderr
     assert statuses(checkout) == ["keep", "keep", "discard", "crash"]
-    assert checkout.rows()[3]["val_bpb"] == "nan"
+    assert checkout.rows()[0]["runs"] == "3" and checkout.rows()[3]["val_bpb"] == "nan"
     assert "ZeroDivisionError" in checkout.rows()[3]["description"]
     assert checkout.refs() == [f"refs/autoresearch/t/{n}" for n in (1, 2, 3)]
     assert checkout.git("diff", "--name-only", "main", "autoresearch/t") == "train.py"
@@ -271,6 +294,7 @@ def prefix(request):
     return [block["text"] for block in blocks[: marked[-1] + 1]]
 
 
+@pytest.mark.slow
 def test_second_call_reads_the_first_ones_prefix_from_the_cache(checkout, api):
     server = api(
         proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4", "blunter"),
@@ -287,6 +311,7 @@ def test_second_call_reads_the_first_ones_prefix_from_the_cache(checkout, api):
     assert first["tools"][0]["strict"] is True and first["stream"] is True
 
 
+@pytest.mark.slow
 def test_unknown_price_is_said_and_written_as_nan(checkout, api):
     server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4"))
     done = checkout.agent("--experiments", "1", "--model", "house-blend", env=server.env)
@@ -295,8 +320,7 @@ def test_unknown_price_is_said_and_written_as_nan(checkout, api):
 
 
 def test_best_is_measured_again_after_a_plateau(checkout):
-    program = checkout.folder / "agent.py"
-    program.write_text(program.read_text().replace("MEASURE_AFTER = 10", "MEASURE_AFTER = 3"))
+    checkout.exchange("agent.py", "MEASURE_AFTER = 10", "MEASURE_AFTER = 3")
     worse = [checkout.patch(f"{n}.py", "SHARPNESS = 0.5", f"SHARPNESS = 0.4{n}") for n in range(4)]
     done = checkout.agent("--patches", *worse, "--tag", "t")
     assert done.returncode == 0, done.stderr
@@ -307,6 +331,7 @@ def test_best_is_measured_again_after_a_plateau(checkout):
     assert checkout.refs() == [f"refs/autoresearch/t/{n}" for n in range(1, 5)]
 
 
+@pytest.mark.slow
 def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
     slow = TOY.replace("steps += 1", "steps += 1; import time; time.sleep(0.05)")
     checkout.write_train(slow)
@@ -315,7 +340,7 @@ def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
         checkout.patch(f"{n}.py", "SHARPNESS = 0.5", f"SHARPNESS = 0.{n}", slow) for n in (6, 4, 8)
     ]
     command = [sys.executable, "agent.py", "--tag", "t", "--patches", *map(str, patches)]
-    for number in (0, 1, 3):  # the experiment during which the program is killed
+    for number in (0, 3):  # the experiment during which the program is killed
         started = subprocess.Popen(
             command, cwd=checkout.folder, env=checkout.env, stderr=subprocess.DEVNULL
         )
@@ -324,7 +349,7 @@ def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
             time.sleep(0.02)
         started.send_signal(signal.SIGKILL)
         started.wait()
-        left = f"ps -eo args | grep -c '[r]eferee {checkout.folder}'"
+        left = f"ps -eo args | grep -c '[r]eferee.py {checkout.folder}'"
         while subprocess.run(left, shell=True, capture_output=True).stdout.strip() != b"0":
             assert time.monotonic() < deadline, "the referee outlived the agent"
             time.sleep(0.1)
@@ -449,40 +474,18 @@ def test_failing_baseline_stops_before_any_paid_call(checkout, api):
     assert not server.requests and not checkout.refs()
 
 
-PIPE = "int(os.environ['AUTORESEARCH_REFEREE'].split(',')[1])"
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "reason"),
-    [
-        ("liar", "finish(model, num_steps=steps, depth=1)",
-         "print('val_bpb: 0.1')", "exited before"),
-        ("nan", "return (SHARPNESS", "return (float('nan')", "not finite"),
-        ("shape", ".expand(*tokens.shape, -1)", "", "shape"),
-        ("killed", "finish(model", "import os; os.kill(os.getpid(), 9); finish(model", "signal 9"),
-        ("garbage", "finish(", f"import os; os.write({PIPE}, b'abcd'); finish(", "garbage"),
-    ],
-)  # fmt: skip
-def test_run_without_a_score_is_a_crash_with_its_reason(checkout, name, old, new, reason):
-    patch = checkout.patch(f"{name}.py", old, new)
-    done = checkout.agent("--patches", patch)
-    assert done.returncode == 0, done.stderr
-    assert checkout.rows()[1]["status"] == "crash" and reason in checkout.rows()[1]["description"]
-
-
+@pytest.mark.slow
 def test_hanging_run_is_ended_by_the_hard_timeout(checkout):
     """At a wall-clock budget the limit is the baseline's own time and OVERTIME."""
-    prepare = checkout.folder / "prepare.py"
-    prepare.write_text(prepare.read_text().replace('32, "cpu", 60', '32, "wall", 1'))
-    program = checkout.folder / "agent.py"
-    program.write_text(program.read_text().replace("OVERTIME = 20.0", "OVERTIME = 2.0"))
+    checkout.exchange("prepare.py", '32, "cpu", 60', '32, "wall", 1')
+    checkout.exchange("agent.py", "\nOVERTIME = 20.0", "\nOVERTIME = 2.0")
     checkout.git("commit", "-qam", "wall clock")
     sleep = "    import time; time.sleep(60); finish(model"
     hang = checkout.patch("hang.py", "    finish(model", sleep)
     del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
     done = checkout.agent("--patches", hang)
     assert done.returncode == 0, done.stderr
-    assert "timeout" in checkout.rows()[1]["description"]
+    assert "overtime" in checkout.rows()[1]["description"]
 
 
 # ---------------------------------------------------------------------------

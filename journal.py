@@ -1,0 +1,498 @@
+"""What is known of a run: experiments as git commits, results.tsv as their view, the screen.
+
+The commits are the journal. All of it is written by plumbing that runs no hook, filter or monitor,
+and touches neither index nor working tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import logging.handlers
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from prepare import SetupError, write_atomic
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results.tsv"
+HEADER = ("commit", "val_bpb", "memory_gb", "status", "description", "run", "experiment", "runs",
+          "seconds", "tokens_M", "cost_usd")
+
+CHARS_PER_NODE = 4  # about, in Python
+PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
+SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
+SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
+DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
+DISK_POLL_SECONDS = 10.0
+LOG_BYTES, LOGS_KEPT = 2_000_000, 3
+ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever it scores
+LOG = logging.getLogger("autoresearch")
+HELD: list[Any] = []  # locks, for as long as this process lives
+
+
+@dataclass
+class Experiment:
+    """A judged proposal, the baseline (0), or the best measured again: one commit, one row."""
+
+    number: int
+    description: str
+    hypothesis: str = ""
+    proposer: str = ""
+    cost_usd: float = 0.0
+    tokens_in: int = 0  # of the language model
+    tokens_out: int = 0
+    status: str = ""  # keep, discard, crash or measure
+    reason: str = ""
+    runs: int = 0  # that are judged
+    disturbed: int = 0  # runs set aside, since the same code was faster in others
+    values: list[float] = field(default_factory=list)  # val_bpb of each run that has one
+    speeds: list[float] = field(default_factory=list)  # M tokens per second of the scale's clock
+    hidden: list[float | None] = field(default_factory=list)  # the same of the hidden split
+    after: int = 0  # for a measurement: the last experiment before it
+    memory_gb: float = 0.0
+    seconds: float = 0.0  # wall clock of all runs
+    start_seconds: float = 0.0  # of the scale's clock, to the first batch, in the slowest run
+    trained_seconds: float = 0.0  # to the first logits, in the slowest run
+    answers_seconds: float = 0.0  # of the scale's clock, for all answers
+    silence_seconds: float = 0.0  # without a word in the log, at most
+    tokens_M: float = 0.0  # trained on in a run
+    steps: float = 0.0
+    commit: str = ""
+
+    def val_bpb(self) -> float:
+        scored = self.values and self.status != "crash"
+        return statistics.fmean(self.values) if scored else math.nan
+
+    def believed(self) -> bool:
+        return not math.isnan(self.val_bpb()) and not self.reason.startswith("suspicious")
+
+
+# ---------------------------------------------------------------------------
+# Git
+# ---------------------------------------------------------------------------
+
+
+def git(*arguments: str, data: str | None = None, index: str | None = None) -> str:
+    """Standard output of a git command in ROOT. Raises SetupError with git's own words."""
+    environment = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+    for who in ("GIT_AUTHOR", "GIT_COMMITTER"):  # the person may have set up no identity
+        environment |= {f"{who}_NAME": "autoresearch", f"{who}_EMAIL": "autoresearch@localhost"}
+    if index:
+        environment["GIT_INDEX_FILE"] = index
+    command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, input=data, capture_output=True, encoding="utf-8"
+    )
+    if done.returncode:
+        said = one_line(done.stderr) or f"exit status {done.returncode}"
+        raise SetupError(f"git {arguments[0]}: {said}", "git status")
+    return done.stdout
+
+
+def resolve(name: str) -> str | None:
+    """The object that a name stands for, or None."""
+    try:
+        return git("rev-parse", "--verify", "--quiet", name).strip()
+    except SetupError:
+        return None
+
+
+def read_train(commit: str) -> str:
+    """train.py as it is in a commit."""
+    return git("cat-file", "blob", f"{commit}:./train.py")
+
+
+def write_commit(source: str | None, parent: str, message: str) -> str:
+    """The hash of a new commit on `parent` with this train.py; None leaves the tree as it is."""
+    tree = git("rev-parse", f"{parent}^{{tree}}").strip()
+    if source is not None:
+        blob = git("hash-object", "-w", "--stdin", data=source).strip()
+        path = git("rev-parse", "--show-prefix").strip() + "train.py"
+        mode = git("ls-tree", "--full-tree", parent, path).split()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            index = f"{folder}/index"
+            git("read-tree", tree, index=index)
+            git("update-index", "--cacheinfo", f"{mode},{blob},{path}", index=index)
+            tree = git("write-tree", index=index).strip()
+    return git("commit-tree", tree, "-p", parent, "-F", "-", data=message).strip()
+
+
+def move_ref(ref: str, new: str, old: str | None) -> None:
+    """Compare-and-swap; `old` None creates the ref."""
+    git("update-ref", ref, new, old or "")
+
+
+@cache
+def git_folder() -> Path:
+    """Where objects and refs lie, of all worktrees together."""
+    return ROOT / git("rev-parse", "--git-common-dir").strip()
+
+
+def sync_git() -> None:
+    """Have commits and refs survive a power cut; git's own fsync loses some of them."""
+    folder = os.open(git_folder(), os.O_RDONLY)
+    try:
+        if sys.platform != "linux":
+            os.sync()
+        elif ctypes.CDLL(None, use_errno=True).syncfs(folder):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(git_folder()))
+    finally:
+        os.close(folder)
+
+
+def lock(path: Path, what: str) -> None:
+    """Hold a lock until this process ends, however it does. Raises SetupError, with its holder."""
+    file = open(path, "a+", encoding="utf-8")
+    file.seek(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        said = f"{what} is taken by another agent.py, process {file.read().strip() or '?'}"
+        raise SetupError(said, "wait for it, or stop it with Ctrl-C where it runs") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    HELD.append(file)
+
+
+def await_disk() -> None:
+    """Wait until there is space for another run."""
+    while (free := shutil.disk_usage(ROOT).free) < DISK_FLOOR:
+        say(f"paused: {free / 2**30:.1f} GB of disk are free, {DISK_FLOOR / 2**30:.0f} are needed; "
+            "goes on when there is space")
+        while shutil.disk_usage(ROOT).free < DISK_FLOOR:
+            time.sleep(DISK_POLL_SECONDS)
+
+
+def pause_for_disk() -> None:
+    say("paused: the disk is full; goes on when there is space")
+    time.sleep(DISK_POLL_SECONDS)
+
+
+def patiently(write: Callable[..., Any], *arguments: Any) -> Any:
+    """What `write` returns, when there is space for it. It must be safe to be tried again."""
+    while True:
+        try:
+            return write(*arguments)
+        except (OSError, SetupError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full and "No space left" not in str(error):
+                raise
+        pause_for_disk()
+
+
+# ---------------------------------------------------------------------------
+# Commit messages, and results.tsv
+# ---------------------------------------------------------------------------
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Text without line ends, tabs and control characters, cut to `limit` characters."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in mask(text)).split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def commit_message(done: Experiment, settings: str) -> str:
+    """Description, hypothesis, and the result as trailers: a JSON value each."""
+    facts = asdict(done) | {"settings": settings}
+    named = {name.replace("_", "-").capitalize(): value for name, value in facts.items()
+             if name not in ("description", "hypothesis", "commit")}
+    trailers = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in named.items()]
+    text = [done.description, one_line(done.hypothesis, 2000), "\n".join(trailers)]
+    return "\n\n".join(filter(None, text)) + "\n"
+
+
+def parse_message(commit: str, message: str) -> tuple[Experiment, str]:
+    """(experiment, settings) of a commit of ours: the inverse of commit_message."""
+    description, *middle, trailers = message.rstrip("\n").split("\n\n")
+    lines = (line.split(": ", 1) for line in trailers.splitlines())
+    facts = {name.replace("-", "_").lower(): json.loads(value) for name, value in lines}
+    facts["tokens_M"] = facts.pop("tokens_m")  # a trailer's name is in lower case
+    facts |= {"description": description, "hypothesis": "".join(middle), "commit": commit}
+    settings = facts.pop("settings")
+    return Experiment(**facts), settings
+
+
+def read_journal(tag: str) -> list[tuple[Experiment, str]]:
+    """All experiments and measurements of a run with their settings, in the order they happened."""
+    form = "--format=%(objectname)%00%(parent)%00%(contents)%01"
+    refs = (f"refs/autoresearch/{tag}/", f"refs/autoresearch-measure/{tag}/")
+    entries = []
+    for record in git("for-each-ref", form, *refs).split("\x01"):
+        if record.strip():
+            commit, parent, message = record.strip("\n").split("\0", 2)
+            done, settings = parse_message(commit, message)
+            if done.number == 0 or done.status == "measure" or done.reason == ADOPTED:
+                done.commit = parent  # the train.py that was measured
+            entries.append((done, settings))
+    return sorted(entries, key=lambda entry: (entry[0].after or entry[0].number, entry[0].after))
+
+
+def row(done: Experiment, tag: str) -> str:
+    """The experiment as a line of results.tsv."""
+    why = f" ({done.reason})" if done.reason and done.status != "keep" else ""
+    why += f" ({done.disturbed} runs set aside)" if done.disturbed else ""
+    cells = (done.commit[:7], f"{done.val_bpb():.6f}", f"{done.memory_gb:.1f}", done.status,
+             one_line(done.description + why, 300), tag, str(done.number), str(done.runs),
+             f"{done.seconds:.1f}", f"{done.tokens_M:.2f}", f"{done.cost_usd:.4f}")
+    return "\t".join(cells) + "\n"
+
+
+def read_results() -> str:
+    """The text of results.tsv, "" if there is none. Raises SetupError for another tool's file."""
+    text = RESULTS.read_bytes().decode("utf-8", errors="replace") if RESULTS.exists() else ""
+    if text.strip() and text.splitlines()[0].lstrip("\ufeff").split("\t") != list(HEADER):
+        raise SetupError("results.tsv has a foreign header", "mv results.tsv results-old.tsv")
+    return text
+
+
+def append_rows(rows: list[str]) -> None:
+    """Append those rows that results.tsv does not have, and make them durable."""
+    text = read_results()
+    had = set(text.splitlines())
+    missing = [line for line in rows if line.rstrip("\n") not in had]
+    torn = text.rpartition("\n")[2]  # of a row, by a power cut; or a whole one, by an editor
+    if not text.strip():
+        missing.insert(0, "\t".join(HEADER) + "\n")
+    elif torn and missing and torn in missing[0]:
+        os.truncate(RESULTS, RESULTS.stat().st_size - len(torn.encode()))
+    elif torn:
+        missing.insert(0, "\n")
+    if missing:
+        with open(RESULTS, "a", encoding="utf-8", newline="") as file:
+            file.write("".join(missing))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------
+# The state of a run
+# ---------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A night's work under one tag, as git has it."""
+
+    tag: str
+    scale: dict[str, Any]  # what prepare.py says of machine, contest and rows
+    start: str  # the commit that the person started from
+    history: list[Experiment] = field(default_factory=list)
+    spent: Counter[str] = field(default_factory=Counter)  # on the API, replies in vain included
+    sources: dict[str, str] = field(default_factory=dict)  # train.py by commit
+
+    def settings(self) -> str:
+        return "{name} {budget:g} {clock} {manifest} {referee} {device}".format(**self.scale)
+
+    def branch(self) -> str:
+        return f"refs/heads/autoresearch/{self.tag}"
+
+    def read_spent(self) -> None:
+        """The money of earlier sessions: at least what the rows say."""
+        self.spent = self.booked()
+        path = self.folder(0).parent / "spent.json"
+        if path.exists():
+            self.spent.update({name: max(0, value - self.spent[name])
+                               for name, value in json.loads(path.read_text()).items()})
+
+    def spend(self, bill: dict[str, float]) -> None:
+        """Book one reply, before anything is done with it."""
+        self.spent.update(bill)
+        text = json.dumps(self.spent)
+        patiently(write_atomic, self.folder(0).parent / "spent.json", [text.encode()])
+
+    def booked(self) -> Counter[str]:
+        names = ("cost_usd", "tokens_in", "tokens_out")
+        return Counter({name: sum(getattr(e, name) for e in self.history) for name in names})
+
+    def unbooked(self) -> dict[str, float]:
+        """Spent since the last row."""
+        booked = self.booked()
+        return {name: value - booked[name] for name, value in self.spent.items()}
+
+    def seed(self, number: int, count: int) -> int:
+        """Of a run: each has its own, which does not tell train.py which run it is."""
+        text = f"{self.start} {self.settings()} {number} {count}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+    def folder(self, number: int) -> Path:
+        return ROOT / "runs" / self.tag / str(number)
+
+    def experiments(self) -> list[Experiment]:
+        """All judged proposals, without baseline and measurements."""
+        return [e for e in self.history if e.number and e.status != "measure"]
+
+    def next_number(self) -> int:
+        return len(self.experiments()) + 1
+
+    def best(self) -> Experiment:
+        return [e for e in self.history if e.status == "keep"][-1]
+
+    def of(self, number: int) -> list[Experiment]:
+        """An experiment and its repeated measurements."""
+        return [e for e in self.history if e.number == number]
+
+    def values_of(self, number: int) -> list[float]:
+        """val_bpb of every undisturbed run of an experiment, repeated measurements included."""
+        return undisturbed(self.of(number))
+
+    def hidden_of(self, number: int) -> list[float]:
+        return [value for e in self.of(number) for value in e.hidden if value is not None]
+
+    def mean_of(self, number: int) -> float:
+        return statistics.fmean(self.values_of(number))
+
+    def source_of(self, experiment: Experiment) -> str:
+        if experiment.commit not in self.sources:
+            self.sources[experiment.commit] = read_train(experiment.commit)
+        return self.sources[experiment.commit]
+
+    def sigma(self) -> float:
+        """Run-to-run standard deviation: the scale's prior, updated by every repeated run.
+
+        A run counts no more than SIGMA_MOST times what prior and baseline, a person's code, say:
+        one program that diverges on its second seed must not make noise of all gains to come.
+        """
+        squares, freedom = PRIOR_RUNS * self.scale["sigma"] ** 2, PRIOR_RUNS
+        by_number: dict[int, list[Experiment]] = {0: []}
+        for e in self.history:
+            by_number.setdefault(e.number, []).append(e)
+        most = math.inf
+        for values in map(undisturbed, by_number.values()):
+            mean = statistics.fmean(values or [0])
+            squares += sum(min(most, (value - mean) ** 2) for value in values)
+            freedom += max(0, len(values) - 1)
+            most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
+        return math.sqrt(squares / freedom)
+
+    def since_keep(self) -> int:
+        """Candidates since the last keep or measurement of the best."""
+        latest = [e.status in ("keep", "measure") for e in reversed(self.history)]
+        return latest.index(True)
+
+
+def undisturbed(experiments: list[Experiment]) -> list[float]:
+    """val_bpb of those runs of one program that were not slower than it can be."""
+    slow = (1 - SLOWER) * max((s for e in experiments for s in e.speeds), default=0.0)
+    runs = (run for e in experiments
+            for run in zip_longest(e.values, e.speeds, fillvalue=math.inf))
+    return [value for value, speed in runs if speed >= slow]
+
+
+@cache
+def fingerprint(source: str) -> str:
+    """Identity of a program: its syntax tree, so that comments and layout do not count."""
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
+
+
+def node_count(source: str) -> int:
+    """Size of a program: nodes of its syntax tree; code in a string is no simpler than code."""
+    nodes = list(ast.walk(ast.parse(source)))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant)
+             and isinstance(node.value, (str, bytes)) and id(node) not in prose]
+    return len(nodes) + sum(len(text) // CHARS_PER_NODE for text in texts)
+
+
+# ---------------------------------------------------------------------------
+# Screen: results on stdout, words on stderr
+# ---------------------------------------------------------------------------
+
+
+def mask(text: str) -> str:
+    """Text without this process's keys and tokens."""
+    for name, value in os.environ.items():
+        if name.endswith(("_KEY", "_TOKEN")) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return text
+
+
+def say(text: str) -> None:
+    """A line on stderr and in the log."""
+    LOG.info(mask(text))
+    print(mask(text), file=sys.stderr, flush=True)
+
+
+def keep_log(folder: Path | None) -> None:
+    """Write what is said to agent.log in a folder; None holds it back until there is one."""
+    LOG.propagate, logging.raiseExceptions = False, False  # a full disk is no reason to end
+    LOG.setLevel(logging.INFO)
+    if folder is None:
+        LOG.addHandler(logging.handlers.MemoryHandler(1000))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.handlers.RotatingFileHandler(
+        folder / "agent.log", maxBytes=LOG_BYTES, backupCount=LOGS_KEPT, encoding="utf-8"
+    )
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    (held,) = LOG.handlers
+    held.setTarget(file)
+    held.close()  # which flushes
+    LOG.handlers = [file]
+
+
+@contextmanager
+def status_line(text: str) -> Iterator[Callable[[str], None]]:
+    """A line at the bottom of the terminal that tells what goes on; elsewhere its first text."""
+    if not sys.stderr.isatty():
+        say(text)
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(text), spinner="line") as status:
+        yield lambda text: status.update(Text(text))
+
+
+def show_result(run: Run, done: Experiment) -> None:
+    """One line per finished experiment or measurement."""
+    change = ""
+    if run.history and not math.isnan(done.val_bpb()):
+        change = f"{done.val_bpb() - run.mean_of(run.best().number):+.6f}"
+    cost = f"{done.tokens_in / 1e3:.1f}k+{done.tokens_out / 1e3:.1f}k tokens ${done.cost_usd:.3f}  "
+    cost = cost if done.tokens_out else ""
+    why = f" ({done.reason})" if done.reason else ""
+    line = mask(f"{done.number:4d}  {done.status:7}  {done.val_bpb():8.6f}  {change:9}  "
+                f"{done.runs}x {done.seconds:5.0f} s  {cost}{done.description}{why}")
+    LOG.info(line)
+    print(line, flush=True)
+
+
+def show_start(run: Run) -> None:
+    scale = run.scale
+    unit = {"cpu": "CPU seconds", "wall": "seconds", "tokens": "tokens"}[scale["clock"]]
+    say(f"run {run.tag}: scale {scale['name']}, {scale['device']}, data: {scale['source']}")
+    scored = f"is scored on {scale['eval_tokens']:,} tokens"
+    say(f"a run trains for {scale['budget']:g} {unit} and {scored}")
+    say(f"keeps go to the branch autoresearch/{run.tag}; Ctrl-C stops, the same command goes on")
+
+
+def show_end(run: Run, reason: str) -> None:
+    kept = sum(e.status == "keep" for e in run.experiments())
+    spent, tokens = run.spent["cost_usd"], run.spent["tokens_in"] + run.spent["tokens_out"]
+    say(f"stopped: {reason}; {len(run.experiments())} experiments, {kept} kept, val_bpb "
+        f"{run.mean_of(0):.6f} → {run.mean_of(run.best().number):.6f}, sigma {run.sigma():.6f}"
+        + (f", {tokens / 1e6:.2f} M tokens, ${spent:.2f}" if tokens else ""))
+    if kept:
+        say(f"take what was kept: git cherry-pick {run.start[:7]}..autoresearch/{run.tag}")
