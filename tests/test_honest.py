@@ -1,0 +1,456 @@
+"""No false alarms: honest changes of the real train.py, each trained and scored by the real loop.
+
+A change is a list of (search, replace) on the text of train.py. Every one of them must come out
+with a verdict, never as a crash or as suspicious: the probe and the cage do not stand in the way of
+honest work.
+
+    python -m pytest -m slow tests/test_honest.py                       # some minutes
+    python -m pytest -m slow tests/test_honest.py -k bfloat16_autocast  # and all of its group
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+from textwrap import dedent, indent
+
+import pytest
+from conftest import ROOT, Checkout, sh
+
+pytestmark = pytest.mark.slow
+TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
+# 256 rows of 64 tokens; a sigma so large that no verdict but the referee's own drops anything.
+SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 16384, 0, 0.5)'
+BUDGET_TOKENS = "65536"
+GROUP = 14  # changes that share a night, and so a baseline
+
+# ---------------------------------------------------------------------------
+# Places in train.py
+# ---------------------------------------------------------------------------
+
+ROTATION = "q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))"
+ATTENTION = """\
+        if self.window < T:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+"""
+UP = "self.up = nn.Linear(width, MLP_RATIO * width, bias=False)"
+DOWN = "self.down = nn.Linear(MLP_RATIO * width, width, bias=False)"
+MLP = "return self.down(F.relu(self.up(x)).square())"
+MADE = "        self.mlp = MLP(width)\n"
+BLOCK = """\
+        x = x + self.attention(norm(x), value_embedding, cos, sin, mask)
+        return x + self.mlp(norm(x))
+"""
+EMBEDDING = "        self.embedding = nn.Embedding(V, width)\n"
+AUTOCAST = "torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)"
+HIDDEN = "return norm(x).to(torch.bfloat16 if tokens.is_cuda else torch.float32)"
+LOGITS = "return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)"
+LOSS = """\
+        hidden = self.hidden(tokens).flatten(0, 1)  # (B * T, width)
+        return ChunkedLoss.apply(hidden, self.head.weight, targets.flatten())
+"""
+MUON = "Muon([dict(params=weights, lr=MATRIX_LR) for weights in by_shape.values()])"
+LEFT = "left = min(1.0, (1.0 - progress) / max(WARMDOWN_RATIO, 1e-9))"
+TO_DEVICE = "    model.to(device)\n"
+COUNTERS = "    step, first_loss, next_line, tokens = 0, None, 0.0, 0\n"
+STEP_LOSS = "        loss = model.loss(x, y)\n"
+STEPPED = "        step += 1\n"
+FINISH = "    finish(model, "
+
+# ---------------------------------------------------------------------------
+# Edits that several changes share
+# ---------------------------------------------------------------------------
+
+
+def after(place, *lines):
+    """An edit that adds lines, indented like the place that they follow."""
+    margin = place[: len(place) - len(place.lstrip())]
+    return place, place + indent("\n".join(lines) + "\n", margin)
+
+
+def before_the_end(*lines):
+    return FINISH, indent("\n".join(lines) + "\n", "    ") + FINISH
+
+
+def attention(code):
+    """Another way from q, k, v (B, H, T, D) to y; `scores` are masked by `causal`."""
+    given = """\
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    scores = (q @ k.mT / HEAD_DIM**0.5).masked_fill(~causal, -torch.inf)
+    """
+    return ATTENTION, indent(dedent(given) + dedent(code).rstrip() + "\n", " " * 8)
+
+
+def mixer(parts, answer):
+    """Another layer in the place of attention, made of `parts`, that answers x (B, T, C)."""
+    head = "class Mixer(nn.Module):\n    def __init__(self, width, window):\n"
+    made = "super().__init__()\nself.window = window\n" + dedent(parts)
+    asked = "\n    def forward(self, x, value_embedding, cos, sin, mask):\n"
+    answered = "B, T, C = x.shape\n" + dedent(answer)
+    layer = head + indent(made, " " * 8) + asked + indent(answered, " " * 8)
+    return [
+        ("class Block(nn.Module):\n", layer + "\n\nclass Block(nn.Module):\n"),
+        ("= Attention(layer, width, window)", "= Mixer(width, window)"),
+    ]
+
+
+def adam_too(parameters):
+    """An optimizer for parameters outside of the layers."""
+    place = "        adam([model.resid_lambdas]"
+    return place, f"        adam({parameters}, 0.003),\n" + place
+
+
+def plain_loss(more=""):
+    return LOSS, indent(
+        "logits = self(tokens)\n"
+        f"return F.cross_entropy(logits.flatten(0, 1), targets.flatten(){more})\n",
+        " " * 8,
+    )
+
+
+# Vectors in the layers keep torch's initial values and are stepped by Adam.
+VECTORS = [
+    (
+        '                if name.endswith(("out.weight"',
+        "                if weight.ndim < 2:\n"
+        "                    continue\n"
+        '                if name.endswith(("out.weight"',
+    ),
+    adam_too("[w for w in model.blocks.parameters() if w.ndim < 2]"),
+    (
+        "    for weight in model.blocks.parameters():\n",
+        "    for weight in (w for w in model.blocks.parameters() if w.ndim > 1):\n",
+    ),
+]
+NO_NGRAMS = ('NGRAM_ORDER = {"cpu": 3', 'NGRAM_ORDER = {"cpu": 1')
+ONE_LAYER = [('DEPTH = {"cpu": 2', 'DEPTH = {"cpu": 1')]
+BFLOAT16 = [
+    (TO_DEVICE, "    model.bfloat16().to(device)\n"),
+    (HIDDEN, "return norm(x)"),
+    (LOGITS, "return SOFTCAP * torch.tanh(logits / SOFTCAP)"),
+]
+AUTOCAST_BFLOAT16 = (AUTOCAST, "torch.autocast(tokens.device.type, torch.bfloat16)")
+TOP_TWO = [
+    (UP, "self.up = nn.Parameter(torch.empty(4, width, width))"),
+    (DOWN, "self.down = nn.Parameter(torch.empty(4, width, width))\n"
+           "        self.router = nn.Linear(width, 4, bias=False)"),
+    (MLP, """\
+best = self.router(x).topk(2)
+        shares = torch.zeros(*x.shape[:2], 4, dtype=best.values.dtype)
+        shares = shares.scatter(-1, best.indices, best.values.softmax(-1).to(shares.dtype))
+        h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
+        return torch.einsum("bteh,bte,ehc->btc", h, shares.to(h.dtype), self.down)"""),
+]
+LION = '''\
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675)."""
+
+    def __init__(self, groups):
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                step = mean.lerp(p.grad, 0.1).sign()
+                p.sub_(group["lr"] * (step + group["weight_decay"] * p))
+                mean.lerp_(p.grad, 0.01)
+
+
+def build_optimizers(model):
+'''
+AHEAD = '''\
+def ahead(served):
+    """The same batches, taken by a thread while the one before is trained on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, served, None)
+        while batch := waiting.result():
+            waiting = pool.submit(next, served, None)
+            yield batch
+
+
+def main():
+'''
+
+# ---------------------------------------------------------------------------
+# Honest changes
+# ---------------------------------------------------------------------------
+
+CHANGES = {
+    "nothing_but_a_name": [("is_cuda else torch.float32)\n", "is_cuda else torch.float)\n")],
+    # Sizes
+    "one_layer": ONE_LAYER,
+    "no_ngrams": [NO_NGRAMS],
+    "bigrams_only": [('NGRAM_ORDER = {"cpu": 3', 'NGRAM_ORDER = {"cpu": 2')],
+    "small_batch": [
+        ('TOTAL_BATCH_SIZE = {"cpu": 4096', 'TOTAL_BATCH_SIZE = {"cpu": 1024'),
+        ('DEVICE_BATCH_SIZE = {"cpu": 32', 'DEVICE_BATCH_SIZE = {"cpu": 16'),
+    ],
+    # Sequence of blocks
+    "parallel_block": [(BLOCK, """\
+        y = norm(x)
+        return x + self.attention(y, value_embedding, cos, sin, mask) + self.mlp(y)
+""")],
+    # Attention
+    "full_attention_everywhere": [('WINDOW_PATTERN = "SSSSL"', 'WINDOW_PATTERN = "L"')],
+    "manual_softmax": [attention("y = scores.softmax(-1) @ v")],
+    "linear_attention": [attention("""\
+        q, k = F.elu(q[..., :8]) + 1, F.elu(k[..., :8]) + 1
+        state = torch.einsum("bhtd,bhte->bhtde", k, v).cumsum(2)
+        total = (q * k.cumsum(2)).sum(-1, keepdim=True)
+        y = torch.einsum("bhtd,bhtde->bhte", q, state) / total
+    """)],
+    # Other layers in its place
+    "gru": mixer(
+        "self.gru = nn.GRU(width, width, batch_first=True, bias=False)\n"
+        "self.out = nn.Linear(width, width, bias=False)\n",
+        "return self.out(self.gru(x)[0])\n",
+    ),
+    "causal_convolution": mixer(
+        "self.taps = nn.Parameter(torch.empty(width, 8))\n"
+        "self.out = nn.Linear(width, width, bias=False)\n",
+        "y = F.conv1d(F.pad(x.mT, (7, 0)), self.taps[:, None], groups=C).mT\n"
+        "return self.out(F.silu(y) * x)\n",
+    ),
+    "long_convolution_by_fft": mixer(
+        "self.filter = nn.Parameter(torch.empty(width, SCALE.sequence_len))\n"
+        "self.out = nn.Linear(width, width, bias=False)\n",
+        "spectrum = torch.fft.rfft(x.mT, n=2 * T) * torch.fft.rfft(self.filter[:, :T], n=2 * T)\n"
+        "return self.out(torch.fft.irfft(spectrum, n=2 * T)[..., :T].mT * x)\n",
+    ),
+    "gated_recurrence": mixer(
+        "self.gate = nn.Linear(width, width, bias=False)\n"
+        "self.value = nn.Linear(width, width, bias=False)\n"
+        "self.out = nn.Linear(width, width, bias=False)\n",
+        """\
+        keep, value = torch.sigmoid(self.gate(x) + 1), self.value(x)
+        states = [(1 - keep[:, 0]) * value[:, 0]]
+        for t in range(1, T):
+            states.append(keep[:, t] * states[-1] + (1 - keep[:, t]) * value[:, t])
+        return self.out(torch.stack(states, dim=1))
+        """,
+    ),
+    "mean_of_all_earlier_tokens": mixer(
+        "self.out = nn.Linear(width, width, bias=False)\n",
+        "return self.out(x.cumsum(1) / torch.arange(1, T + 1)[:, None])\n",
+    ),
+    # Positions
+    "no_positions": [(ROTATION, "q, k = norm(q), norm(k)")],
+    # Normalisations
+    "layer_norm": [("return F.rms_norm(", "return F.layer_norm(")],
+    "batch_norm_with_running_statistics": [
+        after(MADE, "self.norm = nn.BatchNorm1d(width)"),
+        (BLOCK, BLOCK.replace("mlp(norm(x))", "mlp(self.norm(x.flatten(0, 1)).view_as(x))")),
+        *VECTORS,
+    ],
+    # MLP
+    "gelu": [(MLP, "return self.down(F.gelu(self.up(x)))")],
+    "swiglu": [
+        (UP, UP + "\n        " + UP.replace("up", "gate")),
+        (MLP, "return self.down(F.silu(self.gate(x)) * self.up(x))"),
+    ],
+    "experts_softly_routed_by_token": [
+        (UP, "self.up = nn.Parameter(torch.empty(4, width, width))"),
+        (DOWN, "self.down = nn.Parameter(torch.empty(4, width, width))\n"
+               "        self.router = nn.Linear(width, 4, bias=False)"),
+        (MLP, """\
+h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
+        return torch.einsum("bteh,bte,ehc->btc", h, self.router(x).softmax(-1), self.down)"""),
+    ],
+    "two_of_four_experts_in_bfloat16": [*TOP_TWO, AUTOCAST_BFLOAT16],
+    # Head
+    "no_softcap": [(LOGITS, "return logits.float()"), plain_loss()],
+    "tied_embeddings": [
+        ("        self.head.weight.normal_(std=0.001)\n", ""),
+        after(
+            "        self.head = nn.Linear(width, V, bias=False)\n",
+            "self.head.weight = self.embedding.weight",
+        ),
+        ("self.embedding.weight.normal_()", "self.embedding.weight.normal_(std=0.02)"),
+        ("        adam([model.embedding.weight], EMBEDDING_LR * width_scale, "
+         "decay=EMBEDDING_DECAY),\n", ""),
+    ],
+    "counted_bigrams_below_the_logits": [
+        after(EMBEDDING, 'self.register_buffer("counts", torch.ones(V, V))'),
+        (LOGITS, "return logits.float() + "
+                 "(self.counts / self.counts.sum(1, keepdim=True)).log()[tokens]"),
+        (LOSS, """\
+        self.counts.index_put_((tokens, targets), torch.ones(()), accumulate=True)
+        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+"""),
+    ],
+    # Training
+    "label_smoothing": [plain_loss(", label_smoothing=0.1")],
+    "dropout": [(BLOCK, BLOCK.replace(
+        "self.mlp(norm(x))", "F.dropout(self.mlp(norm(x)), 0.1, self.training)"
+    ))],
+    "short_rows_first": [(
+        STEP_LOSS, "        seen = T // 2 if progress < 0.5 else T\n"
+                   "        loss = model.loss(x[:, :seen], y[:, :seen])\n",
+    )],
+    "gradient_clipping": [(
+        "        set_schedules(optimizers, progress, step)\n",
+        "        nn.utils.clip_grad_norm_(model.blocks.parameters(), 1.0)\n"
+        "        set_schedules(optimizers, progress, step)\n",
+    )],
+    "gradient_checkpointing": [
+        ("from torch import nn\n",
+         "from torch import nn\nfrom torch.utils.checkpoint import checkpoint\n"),
+        ("x = block(x, table(tokens) if table else None, cos, sin, mask)",
+         "values = table(tokens) if table else None\n                "
+         "x = checkpoint(block, x, values, cos, sin, mask, use_reentrant=False)"),
+    ],
+    # Optimizers and schedules
+    "adamw": [(MUON, MUON.replace("Muon", "torch.optim.AdamW").replace("MATRIX_LR", "0.003"))],
+    "sgd_with_momentum": [(
+        MUON, "torch.optim.SGD(list(model.blocks.parameters()), lr=0.1, momentum=0.9)"
+    )],
+    "lion": [
+        ("def build_optimizers(model):\n", LION),
+        (MUON, MUON.replace("Muon", "Lion").replace("MATRIX_LR", "0.001")),
+    ],
+    "warmup_and_no_warmdown": [(LEFT, "left = min(1.0, 0.1 + progress / 0.1)")],
+    # What becomes of the trained weights
+    "moving_average_of_weights": [
+        after(COUNTERS, "mean = [p.detach().clone() for p in model.parameters()]"),
+        after(
+            STEPPED,
+            "with torch.no_grad():",
+            "    torch._foreach_lerp_(mean, list(model.parameters()), 0.2)",
+        ),
+        before_the_end(
+            "with torch.no_grad():", "    torch._foreach_copy_(list(model.parameters()), mean)"
+        ),
+    ],
+    # Number formats
+    "bfloat16_model": BFLOAT16,
+    "bfloat16_autocast": [AUTOCAST_BFLOAT16],
+    "float16_autocast": [
+        *ONE_LAYER, (AUTOCAST, "torch.autocast(tokens.device.type, torch.float16)")
+    ],
+    "float64_model": [
+        *ONE_LAYER, (TO_DEVICE, "    model.double().to(device)\n"), *BFLOAT16[1:]
+    ],
+    # The process
+    "two_threads": [("torch.set_num_threads(1)", "torch.set_num_threads(2)")],
+    "torch_compile": [  # of one MLP, for the time that g++ takes
+        *ONE_LAYER, after(TO_DEVICE, "model.blocks[0].mlp.compile()")
+    ],
+    "batches_taken_ahead_by_a_thread": [
+        ("import os\n\n", "import os\nfrom concurrent.futures import ThreadPoolExecutor\n\n"),
+        ("def main():\n", AHEAD),
+        ("in batches(DEVICE_BATCH_SIZE, device):", "in ahead(batches(DEVICE_BATCH_SIZE, device)):"),
+    ],
+    "weights_saved_to_files_and_read_back": [
+        ("import os\n\n", "import os\nimport tempfile\n\n"),
+        before_the_end(
+            "torch.save(model.state_dict(), 'model.pt')",
+            "with tempfile.TemporaryFile() as file:",
+            "    torch.save(torch.load('model.pt'), file)",
+            "    file.seek(0)",
+            "    model.load_state_dict(torch.load(file))",
+        ),
+    ],
+}
+# The baseline that all are judged by: hard to beat, so that few of them are run twice.
+BASELINE = ("small_batch", "warmup_and_no_warmdown", "counted_bigrams_below_the_logits")
+# Slow in learning or in answering, so that a tight clock would do them wrong.
+CLOCKED = ("nothing_but_a_name", "float64_model", "manual_softmax", "two_threads",
+           "batches_taken_ahead_by_a_thread", "two_of_four_experts_in_bfloat16")  # fmt: skip
+CLOCKED_SECONDS = "4"
+SKIPPED = {} if shutil.which("g++") else {"torch_compile": "torch.compile needs g++"}
+
+
+def changed(*names):
+    """train.py with changes made."""
+    source = TRAIN.replace("NGRAM_ROWS = 131072", "NGRAM_ROWS = 4096")  # to be quick
+    for search, replace in [edit for name in names for edit in CHANGES[name]]:
+        assert source.count(search) == 1, f"{names}: {source.count(search)} times {search!r}"
+        source = source.replace(search, replace)
+    compile(source, "train.py", "exec")
+    return source
+
+
+def honest_checkout(folder, cache, source):
+    """A checkout with this train.py, and a scale that it fits."""
+    checkout = Checkout(folder, cache)
+    checkout.exchange("prepare.py", r'Scale\("cpu", .*?\)', SCALE)
+    checkout.write_train(source)
+    checkout.commit_all()
+    checkout.env["AUTORESEARCH_BUDGET_TOKENS"] = BUDGET_TOKENS
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory, cache):
+    """(rows of results.tsv, the agent's end) of a change; groups of changes share a night.
+
+    The budget is in tokens, to be quick; or in seconds.
+    """
+    names = [name for name in CHANGES if name not in SKIPPED]
+
+    @functools.cache
+    def night(group, clocked):
+        folder = tmp_path_factory.mktemp("honest")
+        checkout = honest_checkout(folder / "checkout", cache, changed(*BASELINE))
+        if clocked:
+            del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
+            checkout.env["AUTORESEARCH_BUDGET"] = CLOCKED_SECONDS
+        ours = CLOCKED if clocked else names[group * GROUP : (group + 1) * GROUP]
+        paths = [folder / f"{name}.py" for name in ours]
+        for path in paths:
+            path.write_text(changed(path.stem), encoding="utf-8")
+        done = checkout.agent("--patches", *paths, "--tag", "t", timeout=3600)
+        rows = checkout.rows() if (folder / "checkout/results.tsv").exists() else []
+        return [row for row in rows if row["status"] != "measure"], done
+
+    def rows_of(name, clocked=False):
+        rows, done = night(0 if clocked else names.index(name) // GROUP, clocked)
+        return [row for row in rows if row["description"].split()[0] == f"{name}.py"], done
+
+    return rows_of
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
+    if name in SKIPPED:
+        pytest.skip(SKIPPED[name])
+    rows, done = tried(name)
+    assert len(rows) == 1, done.stderr
+    assert rows[0]["status"] in ("keep", "discard"), rows[0]
+    assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", CLOCKED)
+def test_an_honest_change_keeps_to_the_clock(tried, name):
+    rows, done = tried(name, clocked=True)
+    assert [row["status"] in ("keep", "discard") for row in rows] == [True], rows or done.stderr
+    assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
+
+
+def test_an_honest_bfloat16_model_scores_the_same_by_hand_and_under_the_referee(tmp_path, cache):
+    """To 1e-4: the same seed and rows, in process and through the shared memory."""
+    checkout = honest_checkout(tmp_path / "checkout", cache, changed("bfloat16_model"))
+    prepared = sh(sys.executable, "prepare.py", cwd=checkout.folder, env=checkout.env)
+    assert prepared.returncode == 0, prepared.stderr
+    by_hand = sh(sys.executable, "train.py", cwd=checkout.folder, env=checkout.env)
+    assert by_hand.returncode == 0, by_hand.stderr
+    folder = checkout.folder / "runs"
+    folder.mkdir()
+    shutil.copy(checkout.folder / "train.py", folder)
+    environment = checkout.env | {"AUTORESEARCH_ROWS": json.loads(prepared.stdout)["rows"]}
+    command = [sys.executable, "referee.py", folder, "--seed", "0"]
+    read, write = os.pipe()  # a referee whose stdin has ended goes home
+    done = sh(*command, cwd=checkout.folder, env=environment, stdin=read)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert result["status"] == "ok", result["reason"]
+    printed = re.search(r"^val_bpb: +([\d.]+)$", by_hand.stdout, re.M)
+    assert result["val_bpb"] == pytest.approx(float(printed[1]), abs=1e-4)
