@@ -10,9 +10,13 @@ import pytest
 from conftest import ROOT
 
 CEILINGS = {
-    "prepare.py": 770,
+    "prepare.py": 735,
+    "referee.py": 495,
+    "warden.py": 760,
     "train.py": 650,
-    "agent.py": 1180,
+    "agent.py": 720,
+    "journal.py": 500,
+    "researcher.py": 600,
     "program.md": 120,
     "README.md": 150,
 }
@@ -24,20 +28,18 @@ def test_file_stays_under_its_ceiling(name):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= CEILINGS[name]
 
 
-@pytest.mark.parametrize("name", PYTHON)
-def test_functions_stay_short(name):
-    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-    lengths = {
-        n.name: n.end_lineno - n.lineno + 1
-        for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef)
-    }
+def test_functions_stay_short():
+    lengths = {}
+    for name in PYTHON:
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lengths[name, node.name] = node.end_lineno - node.lineno + 1
     assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
     assert statistics.median(lengths.values()) <= 12
 
 
 def test_no_other_python_file_at_the_top():
-    assert {path.name for path in ROOT.glob("*.py")} <= {*PYTHON, "warden.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == set(PYTHON)
 
 
 def test_every_dependency_is_imported_by_a_shipped_file():
