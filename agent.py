@@ -11,22 +11,25 @@ refs/autoresearch/TAG/. Working tree, index and HEAD are never touched; only res
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while modules are loaded
 # What lies beside this file must not stand in for a package.
 here = os.path.dirname(os.path.realpath(__file__))
 sys.path = [path for path in sys.path if os.path.realpath(path) != here] + [here]
 
 import argparse
-import itertools
 import json
 import math
 import re
 import shutil
-import signal
 import statistics
 import subprocess
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ sys.pycache_prefix = os.devnull  # an old bytecode must not stand in for these
 from journal import (
     ADOPTED,
     LOG,
+    NO_SPACE,
     RESULTS,
     ROOT,
     SLOWER,
@@ -43,11 +47,12 @@ from journal import (
     append_rows,
     await_disk,
     commit_message,
+    flush_screen,
     git,
     git_folder,
     keep_log,
     lock,
-    move_ref,
+    move_refs,
     node_count,
     one_line,
     patiently,
@@ -98,45 +103,75 @@ SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, the
 
 
 def train_once(
-    run: Run, number: int, count: int, label: str, hidden_below: float = math.inf
+    run: Run, number: int, source: str, count: int, label: str, hidden_below: float = math.inf
 ) -> dict[str, Any]:
     """Run `count` of an experiment: its result.json by the referee, or as it was found finished."""
-    folder, suffix, limit = run.folder(number), f"-{count}" if count > 1 else "", run_timeout(run)
-    path, log = folder / f"result{suffix}.json", folder / f"run{suffix}.log"
-    for tries in itertools.count():
-        if path.exists():
-            break
+    folder, suffix = run.folder(number), f"-{count}" if count > 1 else ""
+    path, failures = folder / f"result{suffix}.json", 0
+    while not (result := read_json(path)):
         await_disk()
         check_trusted(run)
-        referee = start_referee(run, number, count, hidden_below)
-        running = json.dumps([referee.pid, process_start(referee.pid)]).encode()
-        try:
-            patiently(write_atomic, folder.parent / "running.json", [running])
-            silence = watch(run, referee, label, log, limit + 3600)
-            if referee.poll() is None:
-                crash = {"status": "crash", "reason": "timeout: no result", "total_seconds": limit}
-                patiently(write_atomic, path, [json.dumps(crash).encode()])
-        finally:
-            said = stop(referee)
-            (folder.parent / "running.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared runs/
+        patiently(write_atomic, folder / "train.py", [source.encode()])
+        said = measure(run, number, count, label, hidden_below)
         check_trusted(run)
-        if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8")) | {"silence_seconds": silence}
-            patiently(write_atomic, path, [json.dumps(result, indent=1).encode()])
-            if result["reason"].startswith(DISK_IS_FULL) and tries < REPEATS:
-                path.unlink()  # by somebody else, it may be
-                pause_for_disk()
-        elif "No space left" in said:
+        result = read_json(path)
+        if result and result["reason"].startswith(DISK_IS_FULL) and failures < REPEATS:
+            failures += 1  # somebody else fills it, or this train.py does
+            path.unlink()
             pause_for_disk()
-        else:
+        elif not result and NO_SPACE.search(said):
+            pause_for_disk()
+        elif not result and folder.exists():
             problem, _, hint = said.rpartition("error: ")[2].partition("\nhint: ")
-            problem = one_line(problem[-500:], 500)
-            raise SetupError(f"the referee failed: {problem}", hint.strip() or f"ls {folder}")
-    return json.loads(path.read_text(encoding="utf-8"))
+            problem = f"the referee failed: {one_line(problem[-500:], 500)}"
+            if hint:  # it has a reason to end the night
+                raise SetupError(problem, hint.strip())
+            failures += 1  # out of memory, it may be
+            say(f"{problem}: {label}")
+            if failures > REPEATS:
+                crash = {"status": "crash", "reason": problem, "total_seconds": 0.0}
+                patiently(write_atomic, path, [json.dumps(crash).encode()])
+    return result
+
+
+def measure(run: Run, number: int, count: int, label: str, hidden_below: float) -> str:
+    """Have the referee write result.json; returns its last words."""
+    folder, suffix, limit = run.folder(number), f"-{count}" if count > 1 else "", run_timeout(run)
+    path, running = folder / f"result{suffix}.json", folder.parent / "running.json"
+    with tempfile.TemporaryFile() as stderr:
+        referee = start_referee(run, number, count, hidden_below, stderr)
+        try:
+            facts = json.dumps({"pid": referee.pid, "started": process_start(referee.pid)})
+            patiently(write_atomic, running, [facts.encode()])
+            silence = watch(run, referee, label, folder / f"run{suffix}.log", limit + 3600)
+            late = referee.poll() is None
+        finally:
+            stop(referee)
+            running.unlink(missing_ok=True)
+        if late:
+            result = {"status": "crash", "reason": "timeout: no result", "total_seconds": limit}
+        else:
+            result = read_json(path)
+        if result:
+            text = json.dumps(result | {"silence_seconds": silence}, indent=1)
+            patiently(write_atomic, path, [text.encode()])
+        stderr.seek(0)
+        said = stderr.read().decode("utf-8", errors="replace")
+        return said or f"exit status {referee.returncode}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} if there is none, or half of one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def start_referee(
-    run: Run, number: int, count: int, hidden_below: float
+    run: Run, number: int, count: int, hidden_below: float, stderr: Any
 ) -> subprocess.Popen[bytes]:
     """The process that measures one run, within limits that follow from the baseline."""
     scale = {"AUTORESEARCH_ROWS": run.scale["rows"], "AUTORESEARCH_SCALE": run.scale["name"]}
@@ -153,7 +188,7 @@ def start_referee(
     return subprocess.Popen(
         trusted_command("referee.py", *words), env=trusted_environment() | scale,
         start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr,
     )
 
 
@@ -204,13 +239,15 @@ def last_line(log: Path) -> str:
     return one_line(tail.rpartition("\n")[2] or "starting", 60)
 
 
-def stop(referee: subprocess.Popen[bytes]) -> str:
-    """Close its stdin, which tells it to end the run and leave; returns what it wrote to stderr."""
+def stop(referee: subprocess.Popen[bytes]) -> None:
+    """Close its stdin, which tells it to end the run and leave."""
+    referee.stdin.close()
     try:
-        return referee.communicate(timeout=20)[1].decode("utf-8", errors="replace")
+        referee.wait(timeout=20)
     except subprocess.TimeoutExpired:
-        os.killpg(referee.pid, signal.SIGKILL)
-        return referee.communicate()[1].decode("utf-8", errors="replace")
+        with suppress(ProcessLookupError):
+            os.killpg(referee.pid, signal.SIGKILL)
+        referee.wait()
 
 
 def run_timeout(run: Run) -> float:
@@ -260,21 +297,22 @@ def experiment(run: Run, propose: Proposer) -> bool:
     if proposal is None:
         return False
     done = run_and_judge(run, proposal)
-    while done.status == "keep" and follow_branch(run):  # it was measured against another best
+    # A keep was measured against another best if a person has committed meanwhile.
+    while done.status == "keep" and follow_branch(run) or not record(run, done, proposal.source):
+        follow_branch(run)
         say(f"once more, on top of what was adopted: {proposal.description}")
         try:
             done = run_and_judge(run, complete(proposal, run))
         except Rejected:
             done.number, done.status = run.next_number(), "discard"
             done.reason = "does not fit on what a person committed meanwhile"
-    record(run, done, proposal.source)
     return True
 
 
 def run_and_judge(run: Run, proposal: Proposal) -> Experiment:
     """As many runs as the keep rule asks for, and its verdict."""
     number = run.next_number()
-    patiently(lay_out, run, number, proposal.source, asdict(proposal))
+    patiently(lay_out, run, number, asdict(proposal))
     best, sigma = run.mean_of(run.best().number), run.sigma()
     lowest = min(e.val_bpb() for e in run.history if e.believed())
     simpler = node_count(proposal.source) < node_count(run.source_of(run.best()))
@@ -282,7 +320,7 @@ def run_and_judge(run: Run, proposal: Proposal) -> Experiment:
     done = Experiment(number, **{name: getattr(proposal, name) for name in shared}, status="again")
     while done.status == "again":
         label = f"{number}: {done.description}" + (", on another seed" if done.runs else "")
-        if not train_fairly(run, done, label, best + 0.5 * sigma):
+        if not train_fairly(run, done, proposal.source, label, best + 0.5 * sigma):
             done.status = "discard"
         elif done.status != "crash":
             rule = (done.values, best, sigma, lowest, simpler, hidden_gain(run, done))
@@ -290,7 +328,9 @@ def run_and_judge(run: Run, proposal: Proposal) -> Experiment:
     return done
 
 
-def train_fairly(run: Run, done: Experiment, label: str, hidden_below: float = math.inf) -> bool:
+def train_fairly(
+    run: Run, done: Experiment, source: str, label: str, hidden_below: float = math.inf
+) -> bool:
     """Add one run to be judged; False if the machine was disturbed again and again.
 
     Set aside and made up for is a run beside another tenant of the GPU or on a throttled card, and
@@ -299,7 +339,7 @@ def train_fairly(run: Run, done: Experiment, label: str, hidden_below: float = m
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
         count = 1 + sum(e.runs + e.disturbed for e in [*run.of(done.number), done])
-        result = train_once(run, done.number, count, label, hidden_below)
+        result = train_once(run, done.number, source, count, label, hidden_below)
         if result.get("disturbed"):
             done.reason, done.disturbed = result["disturbed"], done.disturbed + 1
             done.seconds += result["total_seconds"]
@@ -332,28 +372,30 @@ def hidden_gain(run: Run, done: Experiment) -> float | None:
 
 
 def unfinished(run: Run) -> Proposal | None:
-    """The proposal that was being run when the program ended, if it is for the best of now."""
+    """The proposal that was being run when the program ended, if it fits the best of now."""
     number = run.next_number()
+    stored = read_json(run.folder(number) / "proposal.json")
     try:
-        stored = json.loads((run.folder(number) / "proposal.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        parent, settings = stored.pop("parent"), stored.pop("settings")
+        proposal = Proposal(edits=[Edit(**edit) for edit in stored.pop("edits")], **stored)
+        if settings != run.settings():
+            return None
+        if parent != run.best().commit:
+            proposal = complete(proposal, run)
+    except (KeyError, TypeError, Rejected):
         return None
-    if (stored.pop("parent"), stored.pop("settings")) != (run.best().commit, run.settings()):
-        return None
-    say(f"going on with experiment {number}: {stored['description']}")
-    return Proposal(edits=[Edit(**edit) for edit in stored.pop("edits")], **stored)
+    say(f"going on with experiment {number}: {proposal.description}")
+    return proposal
 
 
-def lay_out(run: Run, number: int, source: str, facts: dict[str, Any]) -> None:
-    """The experiment's folder with train.py and proposal.json; the same proposal's results stay."""
+def lay_out(run: Run, number: int, facts: dict[str, Any]) -> None:
+    """The experiment's folder with proposal.json; results of the same proposal stay."""
     folder, parent = run.folder(number), run.best().commit if run.history else run.start
-    text = json.dumps({**facts, "parent": parent, "settings": run.settings()}, indent=1)
-    stored = folder / "proposal.json"
-    if not stored.exists() or stored.read_text(encoding="utf-8") != text:
+    facts = {**facts, "parent": parent, "settings": run.settings()}
+    if read_json(folder / "proposal.json") != facts:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_atomic(folder / "train.py", [source.encode()])
-        write_atomic(stored, [text.encode()])
+        write_atomic(folder / "proposal.json", [json.dumps(facts, indent=1).encode()])
 
 
 def add_run(done: Experiment, result: dict[str, Any]) -> None:
@@ -375,10 +417,11 @@ def add_run(done: Experiment, result: dict[str, Any]) -> None:
     done.trained_seconds = max(done.trained_seconds, trained)  # the first run compiles
 
 
-def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> None:
-    """Make it last, in this order: commit, its ref (the journal), the branch if kept, the row.
+def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> bool:
+    """Make it last: the commit; its ref, which is the journal, with the branch if kept; the row.
 
     `source` None: what was measured is the train.py of the parent, by default of the best.
+    False, and nothing is recorded, if the branch is no longer at the parent.
     """
     parent = parent or (run.best().commit if run.history else run.start)
     commit = patiently(write_commit, source, parent, commit_message(done, run.settings()))
@@ -386,22 +429,30 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
     if done.number == 0 or done.status == "measure":
         count = sum(e.status == "measure" for e in run.history) + bool(run.history)
         ref = f"refs/autoresearch-measure/{run.tag}/{count}"
-    patiently(move_ref, ref, commit, None)
-    done.commit = parent if source is None else commit
+    moves = [(ref, commit, None)]
     if source is not None and done.status == "keep":
-        patiently(move_ref, run.branch(), commit, parent)
+        moves.append((run.branch(), commit, parent))
+    patiently(sync_git)  # what is named must be there
+    try:
+        patiently(move_refs, *moves)
+    except SetupError:
+        if len(moves) == 1 or resolve(run.branch()) == parent:
+            raise
+        return False
     patiently(sync_git)
+    done.commit = parent if source is None else commit
     patiently(append_rows, [row(done, run.tag)])
     show_result(run, done)
     run.history.append(done)
+    return True
 
 
 def baseline(run: Run) -> None:
     """Measure train.py untouched, several times; it becomes experiment 0."""
-    lay_out(run, 0, read_train(run.start), {"description": "baseline"})
-    done = Experiment(0, "baseline", status="keep")
+    patiently(lay_out, run, 0, {"description": "baseline"})
+    done, source = Experiment(0, "baseline", status="keep"), read_train(run.start)
     for count in range(1, BASELINE_RUNS + 1):
-        fair = train_fairly(run, done, f"baseline, run {count} of {BASELINE_RUNS}")
+        fair = train_fairly(run, done, source, f"baseline, run {count} of {BASELINE_RUNS}")
         if done.status == "crash":
             (run.folder(0) / "proposal.json").unlink()  # or the failure would be found again
             log = run.folder(0).relative_to(ROOT) / f"run{f'-{count}' if count > 1 else ''}.log"
@@ -418,10 +469,8 @@ def baseline(run: Run) -> None:
 def measure_best(run: Run) -> None:
     """Run the best once more, so that it does not stay a lucky number."""
     best, after = run.best(), len(run.experiments())
-    run.folder(best.number).mkdir(parents=True, exist_ok=True)
-    write_atomic(run.folder(best.number) / "train.py", [run.source_of(best).encode()])
     done = Experiment(best.number, best.description, status="measure", after=after)
-    if not train_fairly(run, done, f"the best again: {best.description}"):
+    if not train_fairly(run, done, run.source_of(best), f"the best again: {best.description}"):
         say("the best is slower than it was, again and again; going on with what there is")
     elif done.status == "crash":
         say(f"the best ({best.number}) now fails; does the baseline? {done.reason}")
@@ -432,8 +481,8 @@ def measure_best(run: Run) -> None:
 
 def check_machine(run: Run) -> None:
     """Raise SetupError if the baseline, which worked once, now fails too."""
-    count = 1 + sum(e.runs + e.disturbed for e in run.of(0))
-    result = train_once(run, 0, count, "the baseline, to see if it is the machine")
+    count, source = 1 + sum(e.runs + e.disturbed for e in run.of(0)), run.source_of(run.history[0])
+    result = train_once(run, 0, source, count, "the baseline, to see if it is the machine")
     (run.folder(0) / f"result{f'-{count}' if count > 1 else ''}.json").unlink()
     if result["status"] == "crash":
         said = f"the baseline now fails: it is the machine, not the ideas: {result['reason']}"
@@ -466,6 +515,7 @@ def check_checkout() -> None:
     for path in (ROOT, RESULTS):
         if path.exists() and not os.access(path, os.W_OK):
             raise SetupError(f"no permission to write {path}", f"chmod u+w {path}")
+    tempfile.gettempdir()  # is chosen now, not at 3 a.m. on a full disk
     if shutil.disk_usage(ROOT).free < 1e9:
         raise SetupError("less than 1 GB of disk is free", "df -h .")
 
@@ -503,12 +553,13 @@ def confine(unconfined: bool) -> str:
 
 def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
     """The named run, else the last if it began with this train.py and settings, else a new one."""
-    if tag and not re.fullmatch(r"\w[\w.-]*", tag):
-        raise SetupError(f"--tag {tag}: letters, digits, dots, dashes", "python agent.py --tag a1")
+    if tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", tag, re.ASCII):
+        said = f"--tag {tag}: it must do as a branch name, of letters, digits, dots and dashes"
+        raise SetupError(said, "python agent.py --tag a1")
     refs = ("--format=%(refname)", "--sort=-committerdate", "refs/autoresearch-measure")
     tags = [ref.split("/")[2] for ref in git("for-each-ref", *refs).split() if ref.endswith("/0")]
     start = resolve("HEAD") or ""
-    for known in [tag] if tag in tags else tags[:1] if tag is None else []:
+    for known in [tag] if tag in tags else tags if tag is None else []:
         journal = read_journal(known)
         run = Run(known, scale, journal[0][0].commit, [done for done, _ in journal])
         same = all(settings == run.settings() for _, settings in journal)
@@ -524,7 +575,6 @@ def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
     run = Run(tag or next(name for name in names if name not in taken), scale, start)
     if resolve("refs/heads/autoresearch") or resolve(run.branch()) not in (None, start):
         raise SetupError(f"a branch stands in the way of autoresearch/{run.tag}", "git branch")
-    git("check-ref-format", run.branch())
     return run
 
 
@@ -534,7 +584,7 @@ def follow_branch(run: Run) -> bool:
     if tip == best:
         return False
     if tip in (None, run.start, *(e.commit for e in run.history if e.status == "keep")):
-        patiently(move_ref, run.branch(), best, tip)  # the program may have died in between
+        patiently(move_refs, (run.branch(), best, tip))  # the program may have died in between
         return False
     if git("merge-base", "--all", tip, best).strip() != best:
         said = f"autoresearch/{run.tag} has commits that are not of this run"
@@ -542,9 +592,13 @@ def follow_branch(run: Run) -> bool:
     subject = one_line(git("log", "-1", "--format=%s", tip))
     say(f"autoresearch/{run.tag} has a commit of yours, the new best: {subject}")
     done = Experiment(run.next_number(), subject, status="keep", proposer="person")
-    facts = {"description": subject, "adopted": tip}
-    patiently(lay_out, run, done.number, read_train(tip), facts)
-    if not train_fairly(run, done, f"adopted: {subject}") or done.status == "crash":
+    folder, later = run.folder(done.number), run.folder(done.number + 1)
+    if "edits" in read_json(folder / "proposal.json"):  # was being run, and is paid for
+        shutil.rmtree(later, ignore_errors=True)
+        folder.rename(later)
+    patiently(lay_out, run, done.number, {"description": subject, "adopted": tip})
+    fair = train_fairly(run, done, read_train(tip), f"adopted: {subject}")
+    if not fair or done.status == "crash":
         (run.folder(done.number) / "proposal.json").unlink()  # or the failure would be found again
         said = f"your commit on autoresearch/{run.tag} fails: {done.reason}"
         raise SetupError(said, f"git branch -f autoresearch/{run.tag} {best[:7]}")
@@ -555,7 +609,7 @@ def follow_branch(run: Run) -> bool:
 
 def night(args: argparse.Namespace) -> None:
     """Set up, measure the baseline unless the run has one, experiment until a limit is reached."""
-    started = time.monotonic()
+    args.until = time.monotonic() + (math.inf if args.hours is None else args.hours * 3600)
     keep_log(None)
     check_checkout()
     lock(git_folder() / "autoresearch.lock", "this repository")
@@ -577,6 +631,9 @@ def night(args: argparse.Namespace) -> None:
         lock(Path(run.scale["rows"]).parent / f"{run.scale['gpu']}.lock", "this GPU")
     keep_log(run.folder(0).parent)
     run.read_spent()
+    if args.usd is not None and math.isnan(run.spent["cost_usd"]):
+        said = f"--usd: what run {run.tag} has spent is not known, its model has no known price"
+        raise SetupError(said, "python agent.py --tag NAME, a run of its own")
     end_leftover(run)
     run.scale["means"] = confine(args.unconfined)
     show_start(run)
@@ -584,12 +641,12 @@ def night(args: argparse.Namespace) -> None:
         say(f"going on after experiment {len(run.experiments())}")
     else:
         baseline(run)
-    append_rows([row(done, run.tag) for done in run.history])
+    patiently(append_rows, [row(done, run.tag) for done in run.history])
     while True:
         follow_branch(run)
         if args.experiments is not None and len(run.experiments()) >= args.experiments:
             return show_end(run, f"the run has its {args.experiments} experiments")
-        if args.hours is not None and time.monotonic() - started > args.hours * 3600:
+        if time.monotonic() > args.until:
             return show_end(run, f"{args.hours:g} hours are over")
         plateau = run.since_keep() >= MEASURE_AFTER
         if plateau and len(run.values_of(run.best().number)) < BEST_RUNS or crashes_in_a_row(run):
@@ -618,12 +675,12 @@ def end_leftover(run: Run) -> None:
     """End what a killed agent.py left of its last run, until nobody lives in its folder."""
     folder, own = run.folder(0).parent, []
     path = folder / "running.json"
-    if path.exists():
-        pid, started = json.loads(path.read_text(encoding="utf-8"))
-        if started and process_start(pid) == started:
-            say(f"ending process {pid}, which an earlier agent.py left behind")
-            os.killpg(pid, signal.SIGKILL)  # the warden sees it, and ends the rest
-        path.unlink()
+    found = read_json(path)
+    if found.get("started") and process_start(found["pid"]) == found["started"]:
+        say(f"ending process {found['pid']}, which an earlier agent.py left behind")
+        with suppress(ProcessLookupError):
+            os.killpg(found["pid"], signal.SIGKILL)  # the warden sees it, and ends the rest
+    path.unlink(missing_ok=True)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         own = [link for link in Path("/proc").glob("[0-9]*/cwd") if lives_in(link, folder)]
@@ -643,18 +700,30 @@ def lives_in(link: Path, folder: Path) -> bool:
 
 def interrupt(number: int, frame: Any) -> None:
     """Ctrl-C, once: what follows takes seconds, and must not be interrupted itself."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def amount(text: str) -> float:
+    """A number that is none below zero; argparse turns a ValueError into its own words."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def count(text: str) -> int:
+    amount(text)
+    return int(text)
 
 
 def main() -> int:
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--experiments", type=int, metavar="N", help="stop when the run has N experiments")
-    add("--hours", type=float, metavar="H", help="stop after H hours")
-    add("--usd", type=float, metavar="D", help="stop when the run has spent D dollars on the API")
+    add("--experiments", type=count, metavar="N", help="stop when the run has N experiments")
+    add("--hours", type=amount, metavar="H", help="stop after H hours")
+    add("--usd", type=amount, metavar="D", help="stop when the run has spent D dollars on the API")
     add("--tag", metavar="NAME", help="the run to start or to go on with")
     add("--proposer", choices=("claude", "sampler"), help="default: claude if there is a key")
     add("--patches", nargs="+", type=Path, metavar="FILE", help="try your diffs or train.py files")
@@ -664,8 +733,9 @@ def main() -> int:
     add("--unconfined", action="store_true", help="let train.py run without a cage: your own risk")
     args = parser.parse_args()
     hide_memory()
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN:  # of nohup
+            signal.signal(each, interrupt)
     sys.stdout.reconfigure(errors="replace")  # an arrow must not end a night on a plain terminal
     sys.stderr.reconfigure(errors="replace")
     try:
@@ -673,12 +743,16 @@ def main() -> int:
     except OSError as error:
         LOG.exception("stopped")
         raise SetupError(str(error), "df -h . && ls -ld .") from error
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
+    except ImportError as error:
+        raise SetupError(f"a package is missing: {error}", "pip install .") from error
+    except KeyboardInterrupt as error:
+        say(f"interrupted ({error}); the same command goes on from here")
         return 130
     except BaseException as error:
         LOG.error("stopped: %s", error, exc_info=not isinstance(error, SystemExit))
         raise
+    finally:
+        flush_screen()
     return 0
 
 

@@ -16,6 +16,7 @@ import logging
 import logging.handlers
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import zip_longest
@@ -44,6 +45,9 @@ SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
 SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
 DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
 DISK_POLL_SECONDS = 10.0
+NO_SPACE = re.compile("No space left|Disk quota exceeded")  # in git's words
+LOCK_SECONDS = 60.0  # that git may hold a ref; after it, git died with it
+TORN = 7  # characters of a row's beginning, by which it is known
 LOG_BYTES, LOGS_KEPT = 2_000_000, 3
 ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever it scores
 LOG = logging.getLogger("autoresearch")
@@ -99,7 +103,8 @@ def git(*arguments: str, data: str | None = None, index: str | None = None) -> s
         environment |= {f"{who}_NAME": "autoresearch", f"{who}_EMAIL": "autoresearch@localhost"}
     if index:
         environment["GIT_INDEX_FILE"] = index
-    command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *arguments]
+    command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false"]
+    command += ["-c", "core.fsync=all", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, input=data, capture_output=True, encoding="utf-8"
     )
@@ -119,7 +124,10 @@ def resolve(name: str) -> str | None:
 
 def read_train(commit: str) -> str:
     """train.py as it is in a commit."""
-    return git("cat-file", "blob", f"{commit}:./train.py")
+    try:
+        return git("cat-file", "blob", f"{commit}:./train.py")
+    except UnicodeDecodeError as error:
+        raise SetupError(f"train.py is not UTF-8: {error}", "file train.py") from error
 
 
 def write_commit(source: str | None, parent: str, message: str) -> str:
@@ -137,9 +145,25 @@ def write_commit(source: str | None, parent: str, message: str) -> str:
     return git("commit-tree", tree, "-p", parent, "-F", "-", data=message).strip()
 
 
-def move_ref(ref: str, new: str, old: str | None) -> None:
-    """Compare-and-swap; `old` None creates the ref."""
-    git("update-ref", ref, new, old or "")
+def move_refs(*moves: tuple[str, str, str | None]) -> None:
+    """Compare-and-swap of refs, all or none: (ref, new, old); `old` None creates the ref."""
+    text = "".join(f"update {ref} {new} {old or '0' * len(new)}\n" for ref, new, old in moves)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            git("update-ref", "--stdin", data=text)
+            return
+        except SetupError as error:
+            said = str(error)
+            held = re.search(r"Unable to create '(.+/autoresearch.+\.lock)': File exists", said)
+            empty = re.search(r"'(refs/(heads/)?autoresearch\S+)': reference broken", said)
+            path = Path(held[1]) if held else git_folder() / empty[1] if empty else None
+            if not path or (empty and path.read_bytes().strip(b"\0\n")):
+                raise
+            if empty or time.monotonic() > deadline:  # git died with it, or the machine did
+                say(f"removed {path}, which nobody holds")
+                path.unlink(missing_ok=True)
+        time.sleep(0.5)
 
 
 @cache
@@ -196,7 +220,7 @@ def patiently(write: Callable[..., Any], *arguments: Any) -> Any:
             return write(*arguments)
         except (OSError, SetupError) as error:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full and "No space left" not in str(error):
+            if not full and not NO_SPACE.search(str(error)):
                 raise
         pause_for_disk()
 
@@ -235,13 +259,18 @@ def parse_message(commit: str, message: str) -> tuple[Experiment, str]:
 
 def read_journal(tag: str) -> list[tuple[Experiment, str]]:
     """All experiments and measurements of a run with their settings, in the order they happened."""
-    form = "--format=%(objectname)%00%(parent)%00%(contents)%01"
+    form = "--format=%(refname)%00%(objectname)%00%(parent)%00%(contents)%01"
     refs = (f"refs/autoresearch/{tag}/", f"refs/autoresearch-measure/{tag}/")
     entries = []
     for record in git("for-each-ref", form, *refs).split("\x01"):
-        if record.strip():
-            commit, parent, message = record.strip("\n").split("\0", 2)
-            done, settings = parse_message(commit, message)
+        ref, *fields = record.strip("\n").split("\0", 3)
+        if re.fullmatch(r"refs/autoresearch(-measure)?/[^/]+/\d+", ref):  # others are a person's
+            commit, parent, message = fields
+            try:
+                done, settings = parse_message(commit, message)
+            except (ValueError, TypeError, KeyError) as error:
+                hint = f"git update-ref -d {ref}"
+                raise SetupError(f"{ref} is no experiment: {error}", hint) from error
             if done.number == 0 or done.status == "measure" or done.reason == ADOPTED:
                 done.commit = parent  # the train.py that was measured
             entries.append((done, settings))
@@ -274,7 +303,7 @@ def append_rows(rows: list[str]) -> None:
     torn = text.rpartition("\n")[2]  # of a row, by a power cut; or a whole one, by an editor
     if not text.strip():
         missing.insert(0, "\t".join(HEADER) + "\n")
-    elif torn and missing and torn in missing[0]:
+    elif len(torn) >= TORN and missing and missing[0].startswith(torn):
         os.truncate(RESULTS, RESULTS.stat().st_size - len(torn.encode()))
     elif torn:
         missing.insert(0, "\n")
@@ -311,15 +340,20 @@ class Run:
         """The money of earlier sessions: at least what the rows say."""
         self.spent = self.booked()
         path = self.folder(0).parent / "spent.json"
-        if path.exists():
+        try:
+            stored = json.loads(path.read_text()) if path.exists() else {}
             self.spent.update({name: max(0, value - self.spent[name])
-                               for name, value in json.loads(path.read_text()).items()})
+                               for name, value in stored.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            said = f"{path}, what the run has spent, cannot be read: {error}"
+            raise SetupError(said, f"rm {path}  # the rows are counted still") from error
 
     def spend(self, bill: dict[str, float]) -> None:
         """Book one reply, before anything is done with it."""
         self.spent.update(bill)
-        text = json.dumps(self.spent)
-        patiently(write_atomic, self.folder(0).parent / "spent.json", [text.encode()])
+        path, text = self.folder(0).parent / "spent.json", json.dumps(self.spent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        patiently(write_atomic, path, [text.encode()])
 
     def booked(self) -> Counter[str]:
         names = ("cost_usd", "tokens_in", "tokens_out")
@@ -343,7 +377,7 @@ class Run:
         return [e for e in self.history if e.number and e.status != "measure"]
 
     def next_number(self) -> int:
-        return len(self.experiments()) + 1
+        return 1 + max((e.number for e in self.history), default=0)
 
     def best(self) -> Experiment:
         return [e for e in self.history if e.status == "keep"][-1]
@@ -430,7 +464,22 @@ def mask(text: str) -> str:
 def say(text: str) -> None:
     """A line on stderr and in the log."""
     LOG.info(mask(text))
-    print(mask(text), file=sys.stderr, flush=True)
+    print_line(text, sys.stderr)
+
+
+def print_line(text: str, stream: Any) -> None:
+    """Print, if there is somewhere to print to: a full disk or a dead `tee` ends no night."""
+    with suppress(OSError, ValueError):
+        print(mask(text), file=stream, flush=True)
+
+
+def flush_screen() -> None:
+    """Leave nothing that Python would try to print at its own end, and complain about."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def keep_log(folder: Path | None) -> None:
@@ -461,8 +510,12 @@ def status_line(text: str) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.text import Text
 
+    def show(text: str) -> None:
+        with suppress(OSError):
+            status.update(Text(text))
+
     with Console(stderr=True).status(Text(text), spinner="line") as status:
-        yield lambda text: status.update(Text(text))
+        yield show
 
 
 def show_result(run: Run, done: Experiment) -> None:
@@ -473,10 +526,10 @@ def show_result(run: Run, done: Experiment) -> None:
     cost = f"{done.tokens_in / 1e3:.1f}k+{done.tokens_out / 1e3:.1f}k tokens ${done.cost_usd:.3f}  "
     cost = cost if done.tokens_out else ""
     why = f" ({done.reason})" if done.reason else ""
-    line = mask(f"{done.number:4d}  {done.status:7}  {done.val_bpb():8.6f}  {change:9}  "
-                f"{done.runs}x {done.seconds:5.0f} s  {cost}{done.description}{why}")
-    LOG.info(line)
-    print(line, flush=True)
+    line = (f"{done.number:4d}  {done.status:7}  {done.val_bpb():8.6f}  {change:9}  "
+            f"{done.runs}x {done.seconds:5.0f} s  {cost}{done.description}{why}")
+    LOG.info(mask(line))
+    print_line(line, sys.stdout)
 
 
 def show_start(run: Run) -> None:

@@ -16,8 +16,10 @@ import random
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -36,8 +38,9 @@ MAX_SOURCE = 200_000  # characters of a proposed train.py
 HOPELESS = (400, 401, 402, 403, 404, 413, 422)  # HTTP statuses; credit that ran out comes as 400
 BACKOFF_SECONDS, BACKOFF_MOST = 5.0, 600.0  # between two tries, doubled each time, with jitter
 RETRY_AFTER_MOST = 900.0  # seconds that a server may ask for
-PATIENCE = 15.0  # seconds to wait for the API; for longer the sampler proposes
+PATIENCE = 15.0  # seconds to wait for the API in all; for longer the sampler proposes
 SILENCE_SECONDS = 180.0  # in a reply, which sends pings while the model thinks
+REPLY_SECONDS, REPLY_LOOKS = 600.0, 3  # for a whole reply, then it is said; the last time it ends
 # US dollars per million tokens: input, cache write (1 hour), cache read, output. As of 2026-11-23.
 PRICES = {
     "claude-fable-5-2": (8.0, 16.0, 0.20, 40.0),
@@ -151,7 +154,11 @@ def patches(files: list[Path]) -> Proposer:
 
     def propose(run: Run) -> Proposal | None:
         for path in files:
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                say(f"{path} cannot be read: {error}")
+                continue
             mark = f"patches {hashlib.sha256(text.encode()).hexdigest()[:12]}"
             if mark in seen or any(e.proposer == mark for e in run.experiments()):
                 continue
@@ -391,14 +398,13 @@ def digest(run: Run) -> str:
     return "\n".join(lines)
 
 
-def prompt(run: Run) -> dict[str, Any]:
+def prompt(run: Run, program: str) -> dict[str, Any]:
     """System and first message, stable parts first, each with a mark to cache up to it."""
 
     def block(text: str) -> dict[str, Any]:  # one hour: the next call comes after a whole training
         cache = {"type": "ephemeral", "ttl": "1h"}
         return {"type": "text", "text": text, "cache_control": cache}
 
-    program = (ROOT / "program.md").read_text(encoding="utf-8")  # fresh: people edit it at night
     referee = (ROOT / "prepare.py").read_text(encoding="utf-8")
     best = run.source_of(run.best())
     history = {"type": "text", "text": digest(run) + "\n\nPropose the next experiment."}
@@ -413,8 +419,9 @@ def prompt(run: Run) -> dict[str, Any]:
 
 def bill(model: str, usage: Any) -> dict[str, float]:
     """Tokens and US dollars of one reply; nan dollars for a model that PRICES does not have."""
-    written, read = usage.cache_creation_input_tokens or 0, usage.cache_read_input_tokens or 0
-    counts = (usage.input_tokens, written, read, usage.output_tokens)
+    names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
+             "output_tokens")
+    counts = [getattr(usage, name, 0) or 0 for name in names]  # not every server counts
     prices = PRICES.get(model, (math.nan,) * 4)
     dollars = sum(count * price for count, price in zip(counts, prices, strict=True)) / 1e6
     return {"cost_usd": dollars, "tokens_in": sum(counts[:3]), "tokens_out": counts[3]}
@@ -425,7 +432,8 @@ def parse_reply(message: Any) -> Proposal:
     if message.stop_reason not in WHOLE:
         why = f"The reply is not whole ({message.stop_reason}, limit {MAX_TOKENS} tokens)."
         raise Rejected(why + " Answer with one call of `propose`, and a smaller edit.")
-    calls = [b.input for b in message.content if b.type == "tool_use" and b.name == "propose"]
+    blocks = message.content if isinstance(message.content, list) else []
+    calls = [b.input for b in blocks if getattr(b, "name", "") == "propose"]
     if not calls:
         raise Rejected("The reply does not call the tool `propose`. Answer with one call of it.")
     try:
@@ -441,8 +449,9 @@ def parse_reply(message: Any) -> Proposal:
 
 def add_repair_turn(messages: list[dict[str, Any]], reply: Any, complaint: str) -> None:
     """Append the bad reply and what was wrong with it, as the answer to its tool call if any."""
-    whole = reply.stop_reason in WHOLE
-    said = [block.model_dump(exclude_none=True) for block in reply.content if whole]
+    blocks = reply.content if reply.stop_reason in WHOLE and reply.content else []
+    said = [block.model_dump(exclude_none=True) for block in blocks
+            if block.type != "text" or block.text.strip()]  # an empty one would be refused
     content: list[dict[str, Any]] = [
         {"type": "tool_result", "tool_use_id": block["id"], "is_error": True, "content": complaint}
         for block in said
@@ -457,57 +466,97 @@ def add_repair_turn(messages: list[dict[str, Any]], reply: Any, complaint: str) 
 class Api:
     """The Messages API with a retry loop of its own: hopeless errors end the night, others pass."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, may_ask: Callable[[], None], spend: Callable[[Any], None]):
+        """`may_ask` raises before each request that is not to be made; `spend` takes its usage."""
         import anthropic
-        import httpx2  # its transport, whose errors come through in mid-stream
 
-        self.model, self.failures, self.again_at = model, 0, 0.0  # on the monotonic clock
+        self.model, self.may_ask, self.spend = model, may_ask, spend
+        self.failures, self.waited, self.again_at = 0, 0.0, 0.0  # the last on the monotonic clock
         self.client = anthropic.Anthropic(max_retries=0, timeout=SILENCE_SECONDS)
-        self.faults = (anthropic.APIError, httpx2.HTTPError, ValueError, AssertionError)
         try:  # costs nothing, and a bad key or name ends here, before a baseline is trained
             self.client.models.retrieve(model)
-        except self.faults as error:
-            said = getattr(error, "message", "")
-            if is_hopeless(error) and (error.status_code not in (400, 404) or model in said):
-                raise self.refused(error) from error  # another server may have no list at all
-            say(f"the API does not list its models ({one_line(str(error), 80)}); going on")
+        except Exception as error:
+            no_list = getattr(error, "status_code", 0) in (400, 404) and model not in words(error)
+            if is_hopeless(error) and not no_list:  # which another server may not have
+                raise self.refused(error) from error
+            say(f"the API does not list its models ({one_line(words(error), 80)}); going on")
 
     def refused(self, error: Any) -> SetupError:
-        unknown = error.status_code == 404
-        hint = f"python agent.py --model {MODEL}" if unknown else "export ANTHROPIC_API_KEY=..."
-        return SetupError(f"the API refuses, model {self.model}: {one_line(error.message)}", hint)
+        hints = {401: "export ANTHROPIC_API_KEY=...", 403: "export ANTHROPIC_API_KEY=...",
+                 404: f"python agent.py --model {MODEL}"}
+        hint = hints.get(getattr(error, "status_code", 0), "the same command goes on from here")
+        said = one_line(words(error))
+        return SetupError(f"the API refuses, model {self.model}: {said}", hint)
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The reply. Raises SetupError where asking again is hopeless, Away where it takes time."""
-        # A forced tool_choice is refused by models that always think, so the contract asks for it.
-        choice = {"type": "auto", "disable_parallel_tool_use": True}
         while True:
+            self.may_ask()
+            streams: list[Any] = []
             try:
-                with status_line(f"asking {self.model}"), self.client.messages.stream(
-                    model=self.model, max_tokens=MAX_TOKENS, tools=[PROPOSE_TOOL],
-                    tool_choice=choice, **request,
-                ) as stream:
-                    reply = stream.get_final_message()
-                self.failures = 0
+                reply = self.await_reply(request, streams)
+                self.failures, self.waited = 0, 0.0
                 return reply
-            except self.faults as error:
+            except Exception as error:  # of the SDK and all below it, whatever a server may send
                 if is_hopeless(error):
                     raise self.refused(error) from error
                 self.back_off(error)
+            finally:  # a reply that broke off is paid for too
+                with suppress(IndexError, AssertionError):
+                    self.spend(streams[0].current_message_snapshot.usage)
+
+    def await_reply(self, request: dict[str, Any], streams: list[Any]) -> Any:
+        """The whole reply to one request, whose stream stands in `streams` as soon as it begins.
+
+        In a thread, since the SDK keeps pings to itself: a stream of nothing else would never end.
+        """
+        answer: Future[Any] = Future()
+
+        def fetch() -> None:
+            # A forced tool_choice is refused by models that always think; the contract asks for it.
+            choice = {"type": "auto", "disable_parallel_tool_use": True}
+            try:
+                with self.client.messages.stream(
+                    model=self.model, max_tokens=MAX_TOKENS, tools=[PROPOSE_TOOL],
+                    tool_choice=choice, **request,
+                ) as stream:
+                    streams.append(stream)
+                    answer.set_result(stream.get_final_message())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=fetch, daemon=True).start()
+        with status_line(f"asking {self.model}"):
+            for look in range(1, REPLY_LOOKS + 1):
+                if wait([answer], REPLY_SECONDS).done:
+                    return answer.result()
+                say(f"no whole reply from the API for {look * REPLY_SECONDS / 60:.0f} min")
+        for stream in streams:
+            stream.close()
+        raise TimeoutError("the reply does not end")
 
     def back_off(self, error: Exception) -> None:
         """Wait a little; or raise Away, and not be asked for longer."""
         self.failures += 1
-        wait, why = retry_after(error), " (as it says)"
-        if wait is None:
-            most = min(BACKOFF_MOST, BACKOFF_SECONDS * 2 ** (self.failures - 1))
-            wait, why = most * random.uniform(0.5, 1), ""
-        said = one_line(str(error) or repr(error), 100)
-        say(f"no answer from the API: {said}; asking again in {wait:.0f} s{why}")
-        self.again_at = time.monotonic() + wait
-        if wait > PATIENCE:
+        asked, why = retry_after(error), ""
+        pause = min(BACKOFF_MOST, BACKOFF_SECONDS * 2 ** min(self.failures - 1, 20))
+        pause *= random.uniform(0.5, 1)
+        if asked is not None and (asked > pause or self.failures == 1):
+            pause, why = asked, " (as it says)"
+        said = one_line(words(error), 100)
+        say(f"no answer from the API: {said}; asking again in {pause:.0f} s{why}")
+        self.again_at, self.waited = time.monotonic() + pause, self.waited + pause
+        if self.waited > PATIENCE:
             raise Away
-        time.sleep(wait)
+        time.sleep(pause)
+
+
+def words(error: Any) -> str:
+    """What a server said, without the JSON around it."""
+    body = getattr(error, "body", None)
+    inner = body.get("error") if isinstance(body, dict) else None
+    said = inner.get("message") if isinstance(inner, dict) else getattr(error, "message", "")
+    return str(said or error or repr(error))
 
 
 def is_hopeless(error: Exception) -> bool:
@@ -524,45 +573,66 @@ def retry_after(error: Exception) -> float | None:
     return min(RETRY_AFTER_MOST, float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else None
 
 
-def claude(model: str, usd: float | None = None) -> Proposer:
-    """Asks the Anthropic API: a fresh conversation each, with a few turns to mend a bad edit.
+def read_program() -> str:
+    return (ROOT / "program.md").read_text(encoding="utf-8", errors="replace")
 
-    While the API is away the sampler proposes. Raises CapReached at `usd` dollars.
+
+class Claude:
+    """Proposes by the Anthropic API: a fresh conversation each, with a few turns to mend it.
+
+    While the API is away the sampler proposes. Raises CapReached at --usd and --hours.
     """
-    api = Api(model)
 
-    def converse(run: Run) -> Proposal | None:
-        request = prompt(run)
-        for _ in range(1 + REPAIR_TURNS):
-            if usd is not None and run.spent["cost_usd"] >= usd:
-                raise CapReached(f"the run has spent its ${usd:g}")
-            message = api.ask(request)
-            run.spend(bill(model, message.usage))
-            try:
-                proposal = complete(parse_reply(message), run)
-            except Rejected as rejection:
-                say(f"rejected: {one_line(str(rejection), 300)}")
-                add_repair_turn(request["messages"], message, str(rejection))
-                continue
-            vars(proposal).update(run.unbooked())
-            return proposal
-        return None
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.program = args, read_program()
+        self.api = Api(args.model, self.may_ask, self.spend)
 
-    def propose(run: Run) -> Proposal | None:
-        tries = 0
+    def may_ask(self) -> None:
+        if self.args.usd is not None and not self.run.spent["cost_usd"] < self.args.usd:
+            raise CapReached(f"the run has spent its ${self.args.usd:g}")
+        if time.monotonic() > self.args.until:
+            raise CapReached(f"{self.args.hours:g} hours are over")
+
+    def spend(self, usage: Any) -> None:
+        self.run.spend(bill(self.args.model, usage))
+
+    def __call__(self, run: Run) -> Proposal | None:
+        self.run, tries = run, 0
         while tries < GIVE_UP_AFTER:
-            if time.monotonic() < api.again_at and (proposal := sampler(run)):
-                proposal.description = f"sampler: {proposal.description}"
-                return proposal
-            time.sleep(max(0.0, api.again_at - time.monotonic()))
+            away = time.monotonic() < self.api.again_at
+            with suppress(SetupError):  # nothing to vary
+                if away and (proposal := sampler(run)):
+                    proposal.description = f"sampler: {proposal.description}"
+                    return proposal
+            time.sleep(max(0.0, min(self.api.again_at, self.args.until) - time.monotonic()))
             with suppress(Away):
-                if proposal := converse(run):
+                if proposal := self.converse():
                     return proposal
                 tries += 1
         said = f"{GIVE_UP_AFTER} proposals in a row could not be mended"
         raise SetupError(said, "python agent.py --model NAME")
 
-    return propose
+    def converse(self) -> Proposal | None:
+        with suppress(OSError):  # fresh: people edit it at night
+            self.program = read_program()
+        request = prompt(self.run, self.program)
+        for turn in range(1 + REPAIR_TURNS):
+            try:
+                message = self.api.ask(request)
+            except SetupError as refusal:
+                if turn == 0:
+                    raise
+                say(f"no repair: {one_line(str(refusal), 300)}")  # a fresh start shows what it is
+                return None
+            try:
+                proposal = complete(parse_reply(message), self.run)
+            except Rejected as rejection:
+                say(f"rejected: {one_line(str(rejection), 300)}")
+                add_repair_turn(request["messages"], message, str(rejection))
+                continue
+            vars(proposal).update(self.run.unbooked())
+            return proposal
+        return None
 
 
 def choose_proposer(args: argparse.Namespace) -> tuple[Proposer, str]:
@@ -579,7 +649,11 @@ def choose_proposer(args: argparse.Namespace) -> tuple[Proposer, str]:
         return sampler, f"proposer: sampler, Optuna's TPE on train.py's constants ({why})"
     if not key:
         raise SetupError("the proposer claude needs a key", "export ANTHROPIC_API_KEY=sk-ant-...")
+    if not (key.isascii() and key.isprintable()):
+        raise SetupError("the API key holds what no key can", "export ANTHROPIC_API_KEY=sk-ant-...")
+    if not re.match("https?://.", os.environ.get("ANTHROPIC_BASE_URL") or "https://x"):
+        raise SetupError("ANTHROPIC_BASE_URL is no http address", "unset ANTHROPIC_BASE_URL")
     unpriced = "" if args.model in PRICES else ", whose price is not known: cost_usd is nan"
     if args.usd is not None and unpriced:
         raise SetupError(f"--usd: the price of {args.model} is not known", "python agent.py")
-    return claude(args.model, args.usd), f"proposer: claude ({why}), model {args.model}{unpriced}"
+    return Claude(args), f"proposer: claude ({why}), model {args.model}{unpriced}"

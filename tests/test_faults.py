@@ -157,10 +157,10 @@ sys.exit(agent.main())
 POINTS = [
     (place, name, when, count)
     for place, name, counts in (
-        ("agent", "write_atomic", (1, 3, 4, 9)),
+        ("agent", "write_atomic", (1, 3, 4, 6, 9, 12)),
         ("agent", "write_commit", (2,)),
-        ("agent", "move_ref", (1, 2, 3)),
-        ("agent", "sync_git", (2,)),
+        ("agent", "move_refs", (1, 2, 3)),
+        ("agent", "sync_git", (3, 4)),
         ("agent", "append_rows", (1, 2)),
         ("agent", "show_result", (2,)),
         ("journal", "git", (12, 20)),
@@ -171,7 +171,7 @@ POINTS = [
 
 
 @pytest.mark.parametrize(
-    "point", [p if p[1:] in (("move_ref", "after", 3), ("append_rows", "after", 2))
+    "point", [p if p[1:] in (("move_refs", "after", 3), ("append_rows", "after", 2))
               else pytest.param(p, marks=pytest.mark.slow) for p in POINTS],
     ids=lambda point: "-".join(map(str, point)),
 )  # fmt: skip
