@@ -553,9 +553,6 @@ def confine(unconfined: bool) -> str:
 
 def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
     """The named run, else the last if it began with this train.py and settings, else a new one."""
-    if tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", tag, re.ASCII):
-        said = f"--tag {tag}: it must do as a branch name, of letters, digits, dots and dashes"
-        raise SetupError(said, "python agent.py --tag a1")
     refs = ("--format=%(refname)", "--sort=-committerdate", "refs/autoresearch-measure")
     tags = [ref.split("/")[2] for ref in git("for-each-ref", *refs).split() if ref.endswith("/0")]
     start = resolve("HEAD") or ""
@@ -620,6 +617,9 @@ def night(args: argparse.Namespace) -> None:
     if own and args.tag in (None, own[1]):
         raise SetupError(f"HEAD is on the run's own branch autoresearch/{own[1]}", "git switch -")
     scale_named(os.environ.get("AUTORESEARCH_SCALE") or "cpu")
+    if args.tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", args.tag, re.A):
+        said = f"--tag {args.tag}: it must do as a branch name, of letters, digits, dots and dashes"
+        raise SetupError(said, "python agent.py --tag a1")
     if args.corpus:
         corpus_files(args.corpus)
     propose, line = choose_proposer(args)

@@ -342,8 +342,8 @@ class Run:
         path = self.folder(0).parent / "spent.json"
         try:
             stored = json.loads(path.read_text()) if path.exists() else {}
-            self.spent.update({name: max(0, value - self.spent[name])
-                               for name, value in stored.items()})
+            self.spent.update({name: value - self.spent[name] for name, value in stored.items()
+                               if not value <= self.spent[name]})  # nan stays nan
         except (ValueError, TypeError, AttributeError) as error:
             said = f"{path}, what the run has spent, cannot be read: {error}"
             raise SetupError(said, f"rm {path}  # the rows are counted still") from error

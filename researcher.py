@@ -584,7 +584,10 @@ class Claude:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.program = args, read_program()
+        try:
+            self.args, self.program = args, read_program()
+        except OSError as error:
+            raise SetupError(str(error), "git checkout HEAD -- program.md") from error
         self.api = Api(args.model, self.may_ask, self.spend)
 
     def may_ask(self) -> None:

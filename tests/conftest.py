@@ -1,5 +1,6 @@
 """A real checkout in tmp_path with a second-long contest: the real program, small numbers."""
 
+import contextlib
 import json
 import os
 import re
@@ -99,15 +100,17 @@ class Checkout:
         assert found == 1, pattern
         path.write_text(text, encoding="utf-8")
 
-    def git(self, *arguments, check=True):
+    def git(self, *arguments, check=True, date=False):
         identity = ["-c", "user.name=a person", "-c", "user.email=person@example.com"]
-        done = sh("git", *identity, *arguments, cwd=self.folder, env=self.env)
+        dates = {f"GIT_{who}_DATE": "2026-01-01T00:00:00Z" for who in ("AUTHOR", "COMMITTER")}
+        env = self.env | (dates if date else {})
+        done = sh("git", *identity, *arguments, cwd=self.folder, env=env)
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def commit_all(self):
-        self.git("add", "-A")
-        self.git("commit", "-q", "-m", "start")
+        self.git("add", "-A")  # seeds follow from the commit: with one date it is the same always
+        self.git("commit", "-q", "-m", "start", date=True)
 
     def write_train(self, text):
         (self.folder / "train.py").write_text(text, encoding="utf-8")
@@ -187,6 +190,9 @@ class ApiServer(ThreadingHTTPServer):
         }
 
 
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+
 @dataclass
 class Fault:
     """A reply of the API that is none."""
@@ -195,6 +201,7 @@ class Fault:
     body: str = '{"type": "error", "error": {"type": "api_error", "message": "no"}}'
     headers: dict = field(default_factory=dict)
     cut: bool = False  # the connection is lost in mid-body
+    pings: int = 0  # ten a second of them, and nothing else, after the body
     hang: float = 0.0  # seconds before anything is said
 
 
@@ -215,12 +222,16 @@ class ApiHandler(BaseHTTPRequestHandler):
         time.sleep(fault.hang)
         self.send_response(fault.status)
         kind = "text/event-stream" if fault.status == 200 else "application/json"
-        length = str(len(fault.body) + 1000 * fault.cut)
+        length = str(len(fault.body) + 1000 * fault.cut + len(PING) * fault.pings)
         headers = {"Content-Type": kind, "Content-Length": length} | fault.headers
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(fault.body.encode())
+        for _ in range(fault.pings):
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                self.wfile.write(PING)
         self.close_connection = True
 
     def refuse(self, message):

@@ -446,6 +446,15 @@ def test_bad_settings_are_refused(checkout, tmp_path):
     assert "too little text" in refused(checkout, "--corpus", str(tmp_path / "little"))
     assert "no such file" in refused(checkout, "--patches", str(tmp_path / "no.diff"))
     assert "needs a key" in refused(checkout, "--proposer", "claude")
+    for key in ("sk-a\r", "sk-ä"):
+        assert "what no key can" in refused(checkout, env={"ANTHROPIC_API_KEY": key})
+    local = {"ANTHROPIC_API_KEY": "sk-test-key", "ANTHROPIC_BASE_URL": "localhost:1"}
+    assert "no http address" in refused(checkout, env=local)
+    for tag in ("a..b", "x.lock", "x.", "-x", "ä"):
+        assert "branch name" in refused(checkout, f"--tag={tag}", "--experiments", "0")
+    for wrong in ("--hours=nan", "--hours=-1", "--usd=-1", "--usd=inf", "--experiments=-3"):
+        done = checkout.agent(wrong)
+        assert done.returncode == 2 and "invalid" in done.stderr, done.stderr
 
 
 def test_refused_key_and_unknown_model_end_before_the_baseline(checkout, api):

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -253,6 +254,122 @@ def test_a_branch_that_went_elsewhere_is_left_alone(quick):
     assert quick.git("rev-parse", "autoresearch/t") == quick.git("rev-parse", "main")
 
 
+def while_training(checkout, number, *arguments, env=None):
+    """agent.py, once it trains the named experiment."""
+    started = subprocess.Popen(
+        [sys.executable, "agent.py", "--tag", "t", *map(str, arguments)], cwd=checkout.folder,
+        env=checkout.env | (env or {}), stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    while not (checkout.folder / f"runs/t/{number}/run.log").exists():
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.05)
+    return started
+
+
+@pytest.mark.slow
+def test_a_proposal_that_was_paid_for_outlives_an_adoption_and_a_kill(quick, api):
+    stand_in(quick, 2.0)
+    server = api(idea(0.7))
+    started = while_training(quick, 1, "--experiments", "2", env=server.env)
+    commit_on_branch(quick, PASSES=5)
+    started.kill()
+    started.wait()
+    while_training(quick, 2, "--experiments", "2", env=server.env).kill()  # number 1 is the adopted
+    done = quick.agent("--tag", "t", "--experiments", "2", env=server.env)
+    assert done.returncode == 0, done.stderr
+    assert [row["description"] for row in quick.rows()] == ["baseline", "my own idea", "to 0.7"]
+    assert len(server.requests) == 1
+    assert "PASSES = 5" in quick.git("show", "autoresearch/t:train.py")
+
+
+# As KILLER, but somebody commits on the branch in the last moment.
+RACER = """\
+import os, subprocess, sys
+sys.path.insert(0, os.getcwd())
+import agent
+move_refs, race = agent.move_refs, sys.argv.pop(1)
+
+def late(*moves):
+    if len(moves) == 2 and "raced" not in globals():
+        globals()["raced"] = subprocess.run(["sh", "-c", race], check=True)
+    move_refs(*moves)
+
+agent.move_refs = late
+sys.exit(agent.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_commit_in_the_last_moment_has_the_winner_run_again_too(quick):
+    assert quick.agent("--tag", "t", "--experiments", "0").returncode == 0
+    race = (
+        "tree=$(git rev-parse main^{tree}) && git update-ref refs/heads/autoresearch/t "
+        "$(git -c user.name=p -c user.email=p@x commit-tree $tree -p main -m mine)"
+    )
+    command = ["--tag", "t", "--patches", *map(str, sharpness(quick, 0.6))]
+    done = sh(sys.executable, "-c", RACER, race, *command, cwd=quick.folder, env=quick.env)
+    assert done.returncode == 0 and "once more, on top" in done.stderr, done.stderr
+    assert [row["description"] for row in quick.rows()] == ["baseline", "mine", "0.6.py"]
+    assert quick.git("log", "--format=%s", "main..autoresearch/t").split() == ["0.6.py", "mine"]
+
+
+def damage(checkout):
+    """What may have become of files and refs of ours between two calls, by name."""
+    runs, refs = checkout.folder / "runs/t", checkout.folder / ".git/refs/autoresearch/t"
+    main = checkout.git("rev-parse", "main")
+    return {
+        "a foreign ref": lambda: checkout.git("update-ref", "refs/autoresearch/t/mine", main),
+        "a ref that a power cut emptied": lambda: (refs / "2").write_text(""),
+        "a lock that nobody holds": lambda: (refs / "2.lock").write_text(""),
+        "half of running.json": lambda: (runs / "running.json").write_text('{"pid": 1'),
+        "half of a proposal": lambda: (
+            (runs / "2").mkdir(), (runs / "2/proposal.json").write_text('{"description": "x')),
+        "another's proposal": lambda: (
+            (runs / "2").mkdir(), (runs / "2/proposal.json").write_text('{"adopted": "x"}')),
+        "no runs": lambda: shutil.rmtree(runs),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [
+    "a foreign ref", "a ref that a power cut emptied", "a lock that nobody holds",
+    "half of running.json", "half of a proposal", "another's proposal", "no runs",
+])  # fmt: skip
+def test_what_is_damaged_between_two_calls_ends_no_night(quick, what):
+    quick.exchange("journal.py", r"\nLOCK_SECONDS = .*", "\nLOCK_SECONDS = 1.0")
+    quick.commit_all()
+    patches = sharpness(quick, 0.6, 0.4)
+    assert quick.agent("--tag", "t", "--patches", patches[0]).returncode == 0
+    damage(quick)[what]()
+    done = quick.agent("--tag", "t", "--patches", *patches)
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in quick.rows()] == ["keep", "keep", "discard"]
+    assert [ref for ref in quick.refs() if "mine" not in ref] == [
+        "refs/autoresearch/t/1", "refs/autoresearch/t/2"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_runs_that_are_cleared_and_a_patch_that_goes_in_mid_run_end_no_night(quick):
+    stand_in(quick, 2.0)
+    patches = sharpness(quick, 0.6, 0.4, 0.7)
+    started = while_training(quick, 1, "--patches", *patches)
+    patches[1].unlink()
+    shutil.rmtree(quick.folder / "runs/t")
+    said = started.communicate()[1]
+    assert started.returncode == 0 and "cannot be read" in said, said
+    assert [row["description"] for row in quick.rows()] == ["baseline", "0.6.py", "0.7.py"]
+
+
+def test_an_experiment_that_a_person_deletes_leaves_its_number_unused(quick):
+    patches = sharpness(quick, 0.6, 0.4, 0.7)
+    assert quick.agent("--tag", "t", "--patches", *patches[:2]).returncode == 0
+    quick.git("update-ref", "-d", "refs/autoresearch/t/1")
+    quick.git("update-ref", "-d", "refs/heads/autoresearch/t")
+    done = quick.agent("--tag", "t", "--patches", patches[2])
+    assert done.returncode == 0, done.stderr
+    assert quick.refs() == ["refs/autoresearch/t/2", "refs/autoresearch/t/3"]
+
+
 BASE = "abc1234 0.990000 1.0 keep something x 0 1 1.0 1.0 0".replace(" ", "\t")
 # What may stand in results.tsv below its header.
 NONSENSE = {
@@ -264,6 +381,7 @@ NONSENSE = {
     "a torn last line": BASE.encode()[:40],
     "not text": b"\xff\xfe\x00\n",
     "a short line": b"abc\tdef\n\n",
+    "the beginning of a note": b"2",
 }
 
 
@@ -386,7 +504,7 @@ def test_ctrl_c_in_a_terminal_ends_with_130_and_leaves_nobody(checkout, times):
     reader = threading.Thread(target=lambda: said.extend(iter(lambda: read_some(ours), b"")))
     reader.start()
     deadline = time.monotonic() + 60
-    while not (log.exists() and b"100%" in log.read_bytes()) and time.monotonic() < deadline:
+    while not (log.exists() and b"step" in log.read_bytes()) and time.monotonic() < deadline:
         assert started.poll() is None, b"".join(said).decode()
         time.sleep(0.05)
     for _ in range(times):
@@ -411,6 +529,33 @@ def lives_in(link, folder):
         return os.readlink(link).startswith(str(folder))
     except OSError:
         return False
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_it_with_the_reason(quick):
+    stand_in(quick, 30.0)
+    started = while_training(quick, 0)
+    started.send_signal(signal.SIGHUP)
+    assert "interrupted (SIGHUP)" in started.communicate()[1] and started.returncode == 130
+    assert "interrupted (SIGHUP)" in (quick.folder / "runs/t/agent.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("screen", ["a full disk", "a pipe that nobody reads"])
+def test_a_screen_that_takes_nothing_ends_no_night(quick, screen):
+    if screen == "a full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, out = os.pipe()
+        os.close(reader)
+    command = ["--tag", "t", "--patches", *map(str, sharpness(quick, 0.6))]
+    done = subprocess.run(
+        [sys.executable, "agent.py", *command], cwd=quick.folder, env=quick.env,
+        stdout=out, stderr=out,
+    )  # fmt: skip
+    os.close(out)
+    assert done.returncode == 0 and len(quick.rows()) == 2
+    assert "stopped: nothing is left" in (quick.folder / "runs/t/agent.log").read_text()
 
 
 @pytest.mark.slow
@@ -466,6 +611,11 @@ def hurried(checkout, **constants):
     checkout.commit_all()
 
 
+START = "event: message_start\ndata: " + json.dumps({
+    "type": "message_start", "message": {
+        "id": "msg", "type": "message", "role": "assistant", "model": "m", "content": [],
+        "stop_reason": None, "stop_sequence": None,
+        "usage": {"input_tokens": 1000, "output_tokens": 1}}}) + "\n\n"  # fmt: skip
 TRANSIENT = {
     "overloaded": [Fault(529)] * 40,
     "server errors": [Fault(status) for status in (500, 502, 503, 504, 408, 409, 429)],
@@ -477,6 +627,15 @@ TRANSIENT = {
         Fault(body='event: error\ndata: {"type": "error", "error": '
                    '{"type": "overloaded_error", "message": "busy"}}\n\n')],
     "silence": [Fault(hang=3.0)],
+    "nothing but pings": [Fault(pings=40)],
+    "an odd shape": [Fault(body=f"event: message_start\ndata: {data}\n\n") for data in (
+        '"a text"', "[]", "null", '{"type": "message_start"}',
+        '{"type": "message_start", "message": {"content": null, "usage": null}}')],
+    "no block to add to": [Fault(body=START + "event: content_block_delta\ndata: " + json.dumps(
+        {"type": "content_block_delta", "index": 7,
+         "delta": {"type": "text_delta", "text": "x"}}) + "\n\n")],
+    "no usage": [Fault(body=START + "event: message_delta\ndata: "
+                       '{"type": "message_delta", "delta": {"stop_reason": "end_turn"}}\n\n')],
     "retry-after": [Fault(429, headers={"retry-after": "1"})],
 }  # fmt: skip
 
@@ -486,11 +645,18 @@ def test_what_passes_is_waited_for(quick, api):
     server = api(*faults, idea(0.6))
     quick.exchange("researcher.py", "BACKOFF_SECONDS, BACKOFF_MOST = .*",
                    "BACKOFF_SECONDS, BACKOFF_MOST = 0.01, 0.02")  # fmt: skip
+    quick.exchange("researcher.py", "REPLY_SECONDS, REPLY_LOOKS = .*",
+                   "REPLY_SECONDS, REPLY_LOOKS = 1.0, 2")  # fmt: skip
     hurried(quick, SILENCE_SECONDS=1.0)
     done = quick.agent("--experiments", "1", "--tag", "t", env=server.env)
     assert done.returncode == 0, done.stderr
     assert [row["description"] for row in quick.rows()] == ["baseline", "to 0.6"]
-    assert done.stderr.count("no answer from the API") == len(faults)
+    assert done.stderr.count("no answer from the API") == len(faults) - 1
+    assert done.stderr.count("rejected: ") == 1  # one of the odd shapes, which is a whole reply
+    assert "the reply does not end" in done.stderr and "no whole reply from the API" in done.stderr
+    spent = json.loads((quick.folder / "runs/t/spent.json").read_text())
+    broken = sum(START in fault.body for fault in faults)  # a reply that breaks off is paid for too
+    assert spent["tokens_in"] > 1000 * broken == 2000
     assert "asking again in 1 s (as it says)" in done.stderr and not server.replies
 
 
@@ -506,6 +672,38 @@ def test_while_the_api_is_away_the_sampler_proposes_and_says_so(quick, api):
     assert "asking again in 3 s (as it says)" in done.stderr
     assert described[0].startswith("sampler: ") and described[-1].startswith("to 5")
     assert "sampler: " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["with constants", "without any"])
+def test_a_server_that_is_busy_all_night_stops_neither_the_runs_nor_the_clock(quick, api, source):
+    """It says each time to ask again in a second, and it would block the GPU for ever."""
+    if source == "without any":  # the sampler has nothing to propose
+        quick.write_train(TOY.replace("SHARPNESS = 0.5\nPASSES = 4", "# 1\nSHARPNESS = .5 / 1"))
+        stand_in(quick, 0.0)
+        path = quick.folder / "referee.py"
+        path.write_text(path.read_text().replace("(.*)\", source)[1]", "(.5)\", source)[1]"))
+    server = api(*[Fault(429, headers={"retry-after": "1"})] * 1000)
+    hurried(quick, PATIENCE=2.0)
+    command = ("--experiments", "2", "--hours", "0.003", "--tag", "t")
+    done = quick.agent(*command, env=server.env)
+    assert done.returncode == 0, done.stderr
+    if source == "without any":
+        assert "0.003 hours are over" in done.stderr and len(quick.rows()) == 1
+    else:
+        assert "has its 2 experiments" in done.stderr and len(server.requests) < 12
+        assert all(row["description"].startswith("sampler: ") for row in quick.rows()[1:])
+
+
+@pytest.mark.slow
+def test_a_repair_that_is_refused_drops_the_conversation_only(quick, api):
+    """An empty text block must not be sent back, and any other 400 is met by a fresh start."""
+    bad = '{"type": "error", "error": {"type": "invalid_request_error", "message": "no blanks"}}'
+    server = api("", "prose", Fault(400, bad), idea(0.6))
+    done = quick.agent("--experiments", "1", "--tag", "t", env=server.env)
+    assert done.returncode == 0 and "no repair: " in done.stderr, done.stderr
+    assert [len(request["messages"]) for request in server.requests] == [1, 1, 3, 1]
+    assert quick.rows()[1]["description"] == "to 0.6"
 
 
 HOPELESS = {
@@ -543,6 +741,17 @@ def test_a_cap_in_dollars_holds_over_restarts(quick, api):
     (quick.folder / "results.tsv").unlink()
     spent = json.loads((quick.folder / "runs/t/spent.json").read_text())
     assert spent["cost_usd"] == pytest.approx(sum(costs), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_cap_in_dollars_needs_to_know_what_was_spent(quick, api):
+    assert quick.agent("--tag", "t", "--experiments", "0").returncode == 0
+    path, server = quick.folder / "runs/t/spent.json", api(idea(0.6))
+    for text, said in (('{"cost_usd": NaN}', "is not known"), ("{", "cannot be read")):
+        path.write_text(text)
+        done = quick.agent("--tag", "t", "--usd", "5", env=server.env)
+        assert done.returncode == 1 and said in one_error(done)
+    assert not server.requests
 
 
 @pytest.mark.slow
@@ -611,6 +820,22 @@ def test_three_crashes_in_a_row_are_the_ideas_or_the_machine(quick):
     done = quick.agent("--tag", "t", "--patches", *patches, *more, "--experiments", "7")
     assert done.returncode == 1
     assert "it is the machine, not the ideas: RuntimeError: CUDA" in one_error(done)
+
+
+@pytest.mark.slow
+def test_a_referee_that_is_killed_is_started_again_and_one_that_always_is_a_crash(quick):
+    """As the kernel does when memory is short: once for one idea, each time for another."""
+    dies = STAND_IN.replace("STEP", "0.0") + (
+        "marker = args.folder + '/killed'\n"
+        "if value == 0.6 and not os.path.exists(marker) or value == 0.4:\n"
+        "    open(marker, 'w').close(), os.unlink(path), os.kill(os.getpid(), 9)\n"
+    )
+    (quick.folder / "referee.py").write_text(dies)
+    quick.commit_all()
+    done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.6, 0.4, 0.7))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the referee failed: exit status -9") == 1 + 4
+    assert [row["status"] for row in quick.rows()] == ["keep", "keep", "crash", "keep"]
 
 
 @pytest.mark.slow
