@@ -319,6 +319,7 @@ def test_unknown_price_is_said_and_written_as_nan(checkout, api):
     assert "price is not known" in done.stderr and checkout.rows()[1]["cost_usd"] == "nan"
 
 
+@pytest.mark.slow
 def test_best_is_measured_again_after_a_plateau(checkout):
     checkout.exchange("agent.py", "MEASURE_AFTER = 10", "MEASURE_AFTER = 3")
     worse = [checkout.patch(f"{n}.py", "SHARPNESS = 0.5", f"SHARPNESS = 0.4{n}") for n in range(4)]
@@ -365,6 +366,7 @@ def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
     assert checkout.git("fsck", "--no-dangling") == ""
 
 
+@pytest.mark.slow
 def test_lost_rows_and_a_lost_branch_come_back_from_git(checkout):
     patch = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
     assert checkout.agent("--patches", patch, "--tag", "t").returncode == 0
@@ -466,6 +468,7 @@ def test_refused_key_and_unknown_model_end_before_the_baseline(checkout, api):
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_head_on_the_runs_own_branch_is_refused(checkout):
     patch = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
     assert checkout.agent("--patches", patch, "--tag", "t").returncode == 0

@@ -173,6 +173,7 @@ def test_hyperparameters_bear_the_fields_names_one_literal_a_line():
     assert re.search(r"^MATRIX_LR = [\d.]+ ", source, re.M)
 
 
+@pytest.mark.slow
 def test_same_seed_twice_gives_the_same_val_bpb(cpu_rows):
     """The real model on a budget in tokens, as a person starts it."""
     environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "81920"}
