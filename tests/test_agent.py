@@ -224,6 +224,7 @@ def diff_of(checkout, name, prose, old, new, file="train.py"):
     return path
 
 
+@pytest.mark.slow
 def test_diff_applies_to_the_best_and_is_named_by_its_prose(checkout):
     first = diff_of(checkout, "1.diff", "sharper answers", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
     second = diff_of(
@@ -505,6 +506,7 @@ def test_hanging_run_is_ended_by_the_hard_timeout(checkout):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_agent_stays_small_and_never_imports_torch(checkout, api):
     """Peak memory of a whole claude night, optuna included, with everything that it imports."""

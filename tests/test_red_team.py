@@ -379,6 +379,7 @@ ATTACKS = {
         end=(SERVE, "os.ftruncate(memory, 0)", "link.sendall(asked)", "link.recv(4)")),
 }  # fmt: skip
 SLOW = {
+    "garbage", "replaces_the_metric", "mean_over_the_batch", "honest_bfloat16",
     "infinity", "impossible_targets", "one_for_all", "garbage_for_an_answer", "half_a_frame",
     "fails_in_mid_evaluation", "dies_in_mid_evaluation", "hangs_in_mid_evaluation",
     "claims_wonders", "shy_oracle_with_a_cache", "a_token_too_few", "half_an_answer",
@@ -859,6 +860,7 @@ bits_per_byte = lambda *a: 0.1
 """
 
 
+@pytest.mark.slow
 def test_no_bytecode_module_or_sitecustomize_gets_into_what_measures(folder, cache):
     base = folder("poisoned")
     checkout, marks = make_checkout(base, cache), base / "marks"
