@@ -435,6 +435,7 @@ def test_more_than_the_budget_is_overtime(night_of, name):
     assert "burns" in night_of(name).log(name) or CLOCKS[name][-1] != OVERTIME
 
 
+@pytest.mark.slow
 def test_an_honest_bfloat16_model_raises_no_alarm(night_of):
     night = night_of("honest_bfloat16")
     row, honest = night.row("honest_bfloat16"), night.row("baseline")
