@@ -28,7 +28,6 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
@@ -44,6 +43,7 @@ from journal import (
     RESULTS,
     ROOT,
     SLOWER,
+    STOP,
     Experiment,
     Run,
     append_rows,
@@ -96,7 +96,6 @@ SUSPICIOUS_SIGMAS, SUSPICIOUS_SHARE = 10.0, 0.05
 OVERTIME = 20.0  # seconds that a run may take beyond the baseline's, to its first logits
 START_OVERTIME = 60.0  # the same to the first batch: an edit may be the first to compile
 ANSWERS_SHARE = 3.0  # times the baseline's seconds, for a run's answers
-STOP = threading.Event()  # what is running is to end
 REPEATS = 3  # of disturbed runs, in one experiment
 CRASHES = 3  # in a row, then the best is run again, to see whose fault they are
 SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, then it is said
@@ -116,6 +115,7 @@ class Task:
     source: str
     base: Experiment | None = None  # the best that it is measured against
     proposal: Proposal | None = None  # of a commit or an idea
+    commit: str = ""  # that holds the source, where it is no idea
     slot: str = ""  # the GPU; "" is any, or none
 
 
@@ -399,8 +399,10 @@ def lay_out(run: Run, number: int, facts: dict[str, Any]) -> None:
     folder, parent = run.folder(number), run.best().commit if run.history else run.start
     facts = {**facts, "parent": parent, "settings": run.settings()}
     if read_json(folder / "proposal.json") != facts:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():  # last of all the proposal, which is paid for
+            if path.is_file() and path.name != "proposal.json":
+                path.unlink()
         write_atomic(folder / "proposal.json", [json.dumps(facts, indent=1).encode()])
 
 
@@ -605,7 +607,7 @@ def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[str]:
         if args.gpus:
             raise SetupError("--gpus: this machine shows none", "nvidia-smi -L")
         return [""] * (args.slots or 1)  # more disturb each other, and the baseline ran alone
-    wanted = args.gpus or list(range(len(gpus)))[: args.slots]
+    wanted = args.gpus or list(range(len(gpus)))[: args.slots or None]
     for index in wanted:
         if index >= len(gpus):
             raise SetupError(f"--gpus {index}: the last one is {len(gpus) - 1}", "nvidia-smi -L")
@@ -649,7 +651,6 @@ class Night:
         self.free = list(args.slots)
         self.tasks: dict[Future[None], Task] = {}
         self.waiting: list[Proposal] = []
-        self.tried: set[int] = set()  # numbers of those in waiting that have won once
         self.thinking: Future[Proposal | None] | None = None
         self.end: SetupError | str = ""  # why there will be no more proposals
 
@@ -660,6 +661,11 @@ class Night:
             self.waiting.append(proposal)
             self.run.running.append(proposal)
             self.run.billed.update(proposal.bill())
+        for name, value in self.run.billed.items():
+            if self.run.spent[name] < value:  # spent.json is lost
+                self.run.spent[name] = value
+        if self.run.history:
+            check_memory(self.run.history[0], self.args.slots)
         try:
             with status_line():
                 while self.fill_slots():
@@ -672,9 +678,10 @@ class Night:
                         self.take_proposal()
         finally:
             STOP.set()
-            wait(self.tasks, 30)
+            wait([*self.tasks, *([self.thinking] if self.thinking else [])], 30)
         if isinstance(self.end, SetupError):
             raise self.end
+        commit_on_branch(self.run)
         show_end(self.run, self.limit() or self.end)
 
     def limit(self) -> str:
@@ -711,10 +718,12 @@ class Night:
     def next_task(self) -> Task | None:
         """What a free slot does, if there is anything."""
         run = self.run
+        if not run.history and self.tasks:
+            return None
         if not run.history:
             patiently(lay_out, run, 0, {"description": "baseline"})
             done = Experiment(0, "baseline", status="keep")
-            return None if self.tasks else Task("baseline", done, read_train(run.start))
+            return Task("baseline", done, read_train(run.start), commit=run.start)
         under_way = {task.kind for task in self.tasks.values()}
         if "commit" in under_way:  # it will be the best, whatever it scores
             return None
@@ -725,8 +734,10 @@ class Night:
         if "best" not in under_way and (plateau or crashes_in_a_row(run)):
             best, after = run.best(), max(e.number for e in run.history)
             done = Experiment(best.number, best.description, status="measure", after=after)
-            return Task("best", done, run.source_of(best))
-        while self.waiting:
+            return Task("best", done, run.source_of(best), commit=best.commit)
+        ideas = sum(task.kind == "idea" for task in self.tasks.values())
+        most = self.args.experiments
+        while self.waiting and (most is None or len(run.experiments()) + ideas < most):
             if task := self.take_up(self.waiting.pop(0)):
                 return task
         return None
@@ -740,9 +751,9 @@ class Night:
             complete(proposal, run)
         except Rejected as rejection:
             run.running.remove(proposal)
-            if proposal.number in self.tried:
+            if list(run.folder(proposal.number).glob("result*.json")):  # has won once
                 done.status, done.reason = "discard", "does not fit on the new best"
-                record(run, done, proposal.source)
+                record(run, done, proposal.source, proposal.base)
             else:
                 say(f"{proposal.description}: dropped, {one_line(str(rejection), 200)}")
                 run.billed.subtract(proposal.bill())  # the next one pays
@@ -759,10 +770,9 @@ class Night:
         numbers = [int(p.parent.name) for p in paths if read_json(p).get("adopted") == tip]
         done = Experiment((numbers or [run.next_number()])[0], subject, "", "person", status="keep")
         patiently(lay_out, run, done.number, {"description": subject, "adopted": tip})
-        source = read_train(tip)
-        proposal = Proposal(subject, "", [], "person", source=source, number=done.number)
+        proposal = Proposal(subject, "", [], "person", number=done.number)
         run.running.append(proposal)
-        return Task("commit", done, source, run.best(), proposal)
+        return Task("commit", done, read_train(tip), run.best(), proposal, commit=tip)
 
     def settle(self, future: Future[None]) -> None:
         """Record a task that is over; what won against another best than that of now runs again."""
@@ -773,13 +783,12 @@ class Night:
         if task.kind == "baseline":
             check_memory(done, self.args.slots)
         if task.kind != "idea":
-            record(run, done, None, resolve(run.branch()) if task.kind == "commit" else "")
+            record(run, done, None, task.commit)
         else:
             moved = task.base.commit != run.best().commit or bool(commit_on_branch(run))
             again = done.status == "keep" and moved
             if again or not record(run, done, task.source, task.base.commit):
                 say(f"once more, on top of the new best: {done.description}")
-                self.tried.add(done.number)
                 self.waiting.insert(0, task.proposal)
                 return
         if task.proposal:

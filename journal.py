@@ -55,6 +55,7 @@ ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever
 LOG = logging.getLogger("autoresearch")
 HELD: list[Any] = []  # locks, for as long as this process lives
 DOING: dict[Any, str] = {}  # what goes on, a line each
+STOP = threading.Event()  # what goes on is to end
 
 
 @dataclass
@@ -523,6 +524,8 @@ def status_line() -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
     from rich.text import Text
 
     class Doing:
@@ -530,7 +533,8 @@ def status_line() -> Iterator[None]:
             line = " | ".join(list(DOING.values()))
             return Text(line or "thinking", overflow="ellipsis", no_wrap=True)
 
-    with Console(stderr=True).status(Doing(), spinner="line"):
+    show = {"transient": True, "redirect_stdout": sys.stdout.isatty()}  # not a file's rows
+    with Live(Spinner("line", Doing()), console=Console(stderr=True), **show):
         yield
 
 

@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from journal import ROOT, Experiment, Run, doing, fingerprint, in_thread, one_line, say
+from journal import ROOT, STOP, Experiment, Run, doing, fingerprint, in_thread, one_line, say
 from prepare import SetupError
 
 MODEL = "claude-opus-5-5"
@@ -87,6 +87,7 @@ class Proposal:
     proposer: str
     patch: str = ""  # a diff in the place of edits
     source: str = ""
+    base: str = ""  # the commit that it is made of
     number: int = 0
     saw: int = 0  # verdicts
     cost_usd: float = 0.0
@@ -147,12 +148,13 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
             what = f"experiment {tried.number} again: {tried.description}, {tried.status}"
             raise Rejected(f"This is {what}, val_bpb {tried.val_bpb():.6f}. Try another idea.")
     for other in run.running:
-        if other.number != proposal.number and new == fingerprint(other.source):
+        own = other.number == proposal.number or not other.source  # or a person's
+        if not own and new == fingerprint(other.source):
             said = f"experiment {other.number} again, which is not over: {other.description}"
             raise Rejected(f"This is {said}. Try another idea.")
     if not asserts_hold(source, run.scale):
         raise Rejected("An assertion at the top of train.py would fail with these constants.")
-    proposal.source = source
+    proposal.source, proposal.base = source, run.best().commit
     return proposal
 
 
@@ -566,8 +568,12 @@ class Api:
         answer = in_thread(fetch)
         with doing(f"asking {self.model}"):
             for look in range(1, REPLY_LOOKS + 1):
-                if wait([answer], REPLY_SECONDS).done:
-                    return answer.result()
+                until = time.monotonic() + REPLY_SECONDS
+                while time.monotonic() < until:
+                    if wait([answer], 0.5).done:
+                        return answer.result()
+                    if STOP.is_set():
+                        raise KeyboardInterrupt
                 say(f"no whole reply from the API for {look * REPLY_SECONDS / 60:.0f} min")
         for stream in streams:
             stream.close()
@@ -647,7 +653,7 @@ class Claude:
                 if away and (proposal := sampler(run)):
                     proposal.description = f"sampler: {proposal.description}"
                     return proposal
-            time.sleep(max(0.0, min(self.api.again_at, self.args.until) - time.monotonic()))
+            STOP.wait(max(0.0, min(self.api.again_at, self.args.until) - time.monotonic()))
             with suppress(Away):
                 if proposal := self.converse():
                     return proposal
