@@ -713,16 +713,17 @@ def main() -> None:
     import torch
 
     manifest = (folder / "manifest.json").read_bytes()
-    cpu, gpus = f"CPU, {os.cpu_count()} cores", range(torch.cuda.device_count())
-    kinds = [torch.cuda.get_device_properties(index) for index in gpus]
+    cpu, gpu = f"CPU, {os.cpu_count()} cores", ""
+    if torch.cuda.is_available():
+        gpu = f"gpu-{torch.cuda.get_device_properties(0).uuid}"
     facts = dataclasses.asdict(scale) | {
-        "device": kinds[0].name if kinds else cpu,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "rows": str(folder),
         "source": json.loads(manifest)["source"],
         "tokens": json.loads(manifest)["tokens"],
         "manifest": hashlib.sha256(manifest).hexdigest()[:16],
         "referee": trusted_hash(),
-        "gpus": [[f"GPU-{kind.uuid}", kind.name] for kind in kinds],
+        "gpu": gpu,
     }
     print(json.dumps(facts, indent=1))
 
