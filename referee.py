@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # heavy
 
 ROOT = Path(__file__).resolve().parent
 OVERRUN_SHARE, OVERRUN_SECONDS = 0.03, 1.0  # of the budget: the last step, and the way out
-STALL_SECONDS = 5.0  # wall seconds that a second of a CPU budget may take on a busy machine
+STALL_SHARE, STALL_SECONDS = 5.0, 30.0  # wall clock of a CPU budget on a busy machine, and more
 EVALUATION_SECONDS = 900.0  # wall clock that train.py has for all its answers
 ANSWERS_SECONDS = 2.0  # by the budget's clock, beyond what the agent allows for all answers
 RESERVE = 8  # every 8th row of hidden is kept for the probe
@@ -330,7 +330,8 @@ class Confined:
             raise Crash(self.last_words()) from None
         budget = math.inf if scale.clock == "tokens" else scale.budget
         self.slack = budget * OVERRUN_SHARE + OVERRUN_SECONDS
-        timeout = min(timeout - wall_begun, (budget + self.slack) * STALL_SECONDS)
+        stalled = (budget + self.slack) * STALL_SHARE + STALL_SECONDS
+        timeout = min(timeout - wall_begun, stalled)
         late = "trained on after the end of the budget"
         self.await_frame(prepare.READY, timeout, begun + budget + self.slack, late)
         ended = self.clock()
