@@ -190,6 +190,7 @@ def test_three_patches_are_kept_dropped_and_crashed(checkout):
     worse = checkout.patch("worse.py", "SHARPNESS = 0.5", "SHARPNESS = 0.3")
     crash = checkout.patch("crash.py", "steps = Toy(), 0", "steps = Toy(), 1 / 0")
     checkout.exchange("agent.py", "BASELINE_RUNS = 1", "BASELINE_RUNS = 3")
+    checkout.exchange("journal.py", "\nSLOWER = 0.10", "\nSLOWER = 0.99")  # of milliseconds
     checkout.git("commit", "-qam", "three runs")
     head, index = checkout.git("rev-parse", "HEAD"), (checkout.folder / ".git/index").read_bytes()
     done = checkout.agent("--patches", better, worse, crash, "--tag", "t")
