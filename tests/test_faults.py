@@ -63,10 +63,10 @@ def quick(tmp_path, cache):
     return checkout
 
 
-def stand_in(checkout, seconds):
-    """Put the stand-in in the place of the referee."""
+def stand_in(checkout, seconds, more=""):
+    """Put the stand-in in the place of the referee, with more code that knows `value`."""
     path = checkout.folder / "referee.py"
-    path.write_text(STAND_IN.replace("STEP", str(seconds)), encoding="utf-8")
+    path.write_text(STAND_IN.replace("STEP", str(seconds)) + more, encoding="utf-8")
     checkout.commit_all()
 
 
@@ -810,13 +810,12 @@ def test_orders_in_a_log_reach_the_model_as_data_only(checkout, api):
 @pytest.mark.slow
 def test_three_crashes_in_a_row_are_the_ideas_or_the_machine(quick):
     """The best is run again; it crashes too once the machine is broken."""
-    fails = STAND_IN.replace("STEP", "0.0") + (
+    fails = (
         "if value < 0.5 or os.path.exists(os.path.dirname(__file__) + '/faulty'):\n"
         "    result = {'status': 'crash', 'reason': 'RuntimeError: CUDA', 'total_seconds': 1.0}\n"
         "    json.dump(result, open(path, 'w'))\n"
     )
-    (quick.folder / "referee.py").write_text(fails)
-    quick.commit_all()
+    stand_in(quick, 0.0, fails)
     patches = sharpness(quick, 0.1, 0.2, 0.3, 0.4)
     done = quick.agent("--tag", "t", "--patches", *patches)
     assert done.returncode == 0, done.stderr
@@ -832,13 +831,12 @@ def test_three_crashes_in_a_row_are_the_ideas_or_the_machine(quick):
 @pytest.mark.slow
 def test_a_referee_that_is_killed_is_started_again_and_one_that_always_is_a_crash(quick):
     """As the kernel does when memory is short: once for one idea, each time for another."""
-    dies = STAND_IN.replace("STEP", "0.0") + (
+    dies = (
         "marker = args.folder + '/killed'\n"
         "if value == 0.6 and not os.path.exists(marker) or value == 0.4:\n"
         "    open(marker, 'w').close(), os.unlink(path), os.kill(os.getpid(), 9)\n"
     )
-    (quick.folder / "referee.py").write_text(dies)
-    quick.commit_all()
+    stand_in(quick, 0.0, dies)
     done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.6, 0.4, 0.7))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the referee failed: exit status -9") == 1 + 4
@@ -848,13 +846,12 @@ def test_a_referee_that_is_killed_is_started_again_and_one_that_always_is_a_cras
 @pytest.mark.slow
 def test_a_kept_idea_that_fails_later_does_not_end_the_night(quick):
     """It runs once and never again; the baseline, which does, tells that it is not the machine."""
-    fails = STAND_IN.replace("STEP", "0.0") + (
+    fails = (
         "if value < 0.5 or value == 0.7 and args.run != '1':\n"
         "    result = {'status': 'crash', 'reason': 'ValueError: luck', 'total_seconds': 1.0}\n"
         "    json.dump(result, open(path, 'w'))\n"
     )
-    (quick.folder / "referee.py").write_text(fails)
-    quick.commit_all()
+    stand_in(quick, 0.0, fails)
     patches = sharpness(quick, 0.7, 0.1, 0.2, 0.3, 0.9)
     done = quick.agent("--tag", "t", "--patches", *patches)
     assert done.returncode == 0, done.stderr
