@@ -29,8 +29,9 @@ import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,17 @@ from journal import (
     RESULTS,
     ROOT,
     SLOWER,
+    STOP,
     Experiment,
     Run,
     append_rows,
     await_disk,
     commit_message,
+    doing,
     flush_screen,
     git,
     git_folder,
+    in_thread,
     keep_log,
     lock,
     move_refs,
@@ -102,18 +106,31 @@ SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, the
 # ---------------------------------------------------------------------------
 
 
+@dataclass
+class Task:
+    """What a slot does: all runs of an idea, the baseline's, or one of the best or of a commit."""
+
+    kind: str  # baseline, best, commit or idea
+    done: Experiment
+    source: str
+    base: Experiment | None = None  # the best that it is measured against
+    proposal: Proposal | None = None  # of a commit or an idea
+    commit: str = ""  # that holds the source, where it is no idea
+    slot: str = ""  # the GPU; "" is any, or none
+
+
 def train_once(
-    run: Run, number: int, source: str, count: int, label: str, hidden_below: float = math.inf
+    run: Run, task: Task, count: int, label: str, hidden_below: float = math.inf
 ) -> dict[str, Any]:
     """Run `count` of an experiment: its result.json by the referee, or as it was found finished."""
-    folder, suffix = run.folder(number), f"-{count}" if count > 1 else ""
+    folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
     path, failures = folder / f"result{suffix}.json", 0
     while not (result := read_json(path)):
         await_disk()
         check_trusted(run)
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared runs/
-        patiently(write_atomic, folder / "train.py", [source.encode()])
-        said = measure(run, number, count, label, hidden_below)
+        patiently(write_atomic, folder / "train.py", [task.source.encode()])
+        said = measure(run, task, count, label, hidden_below)
         check_trusted(run)
         result = read_json(path)
         if result and result["reason"].startswith(DISK_IS_FULL) and failures < REPEATS:
@@ -135,12 +152,13 @@ def train_once(
     return result
 
 
-def measure(run: Run, number: int, count: int, label: str, hidden_below: float) -> str:
+def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -> str:
     """Have the referee write result.json; returns its last words."""
-    folder, suffix, limit = run.folder(number), f"-{count}" if count > 1 else "", run_timeout(run)
-    path, running = folder / f"result{suffix}.json", folder.parent / "running.json"
+    folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
+    path, running = folder / f"result{suffix}.json", folder / "running.json"
+    limit = run_timeout(run)
     with tempfile.TemporaryFile() as stderr:
-        referee = start_referee(run, number, count, hidden_below, stderr)
+        referee = start_referee(run, task, count, hidden_below, stderr)
         try:
             facts = json.dumps({"pid": referee.pid, "started": process_start(referee.pid)})
             patiently(write_atomic, running, [facts.encode()])
@@ -171,10 +189,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def start_referee(
-    run: Run, number: int, count: int, hidden_below: float, stderr: Any
+    run: Run, task: Task, count: int, hidden_below: float, stderr: Any
 ) -> subprocess.Popen[bytes]:
     """The process that measures one run, within limits that follow from the baseline."""
+    number = task.done.number
     scale = {"AUTORESEARCH_ROWS": run.scale["rows"], "AUTORESEARCH_SCALE": run.scale["name"]}
+    scale |= {"CUDA_VISIBLE_DEVICES": task.slot} if task.slot else {}
     words = [run.folder(number), "--run", count, "--seed", run.seed(number, count)]
     words += ["--timeout", run_timeout(run), "--hidden-below", hidden_below]
     words += ["--manifest", run.scale["manifest"], "--means", run.scale["means"]]
@@ -197,8 +217,10 @@ def watch(run: Run, referee: subprocess.Popen[bytes], label: str, log: Path, lim
     started = heard = time.monotonic()
     usual = run.history[0].silence_seconds if run.history else math.inf
     size, longest, said = -1, 0.0, False
-    with status_line(label) as show:
+    with doing(label) as show:
         while referee.poll() is None and (now := time.monotonic()) < started + limit:
+            if STOP.is_set():
+                raise KeyboardInterrupt
             show(f"{label} · {now - started:.0f} s · {last_line(log)}")
             if (grown := log.stat().st_size if log.exists() else 0) != size:
                 size, heard = grown, now
@@ -291,55 +313,40 @@ def judge(
 # ---------------------------------------------------------------------------
 
 
-def experiment(run: Run, propose: Proposer) -> bool:
-    """Propose, apply, run, judge, keep or drop, record; False when nothing is left to propose."""
-    proposal = unfinished(run) or propose(run)
-    if proposal is None:
-        return False
-    done = run_and_judge(run, proposal)
-    # A keep was measured against another best if a person has committed meanwhile.
-    while done.status == "keep" and follow_branch(run) or not record(run, done, proposal.source):
-        follow_branch(run)
-        say(f"once more, on top of what was adopted: {proposal.description}")
-        try:
-            done = run_and_judge(run, complete(proposal, run))
-        except Rejected:
-            done.number, done.status = run.next_number(), "discard"
-            done.reason = "does not fit on what a person committed meanwhile"
-    return True
+def carry_out(run: Run, task: Task) -> None:
+    """All runs of a task, in a thread of its own: task.done is complete then."""
+    kinds = {"baseline": run_baseline, "best": run_best, "commit": run_commit,
+             "idea": run_and_judge}
+    kinds[task.kind](run, task)
 
 
-def run_and_judge(run: Run, proposal: Proposal) -> Experiment:
+def run_and_judge(run: Run, task: Task) -> None:
     """As many runs as the keep rule asks for, and its verdict."""
-    number = run.next_number()
-    patiently(lay_out, run, number, asdict(proposal))
-    best, sigma = run.mean_of(run.best().number), run.sigma()
-    lowest = min(e.val_bpb() for e in run.history if e.believed())
-    simpler = node_count(proposal.source) < node_count(run.source_of(run.best()))
-    shared = ("description", "hypothesis", "proposer", "cost_usd", "tokens_in", "tokens_out")
-    done = Experiment(number, **{name: getattr(proposal, name) for name in shared}, status="again")
+    done = task.done
+    done.status = "again"
+    simpler = node_count(task.source) < node_count(run.source_of(task.base))
     while done.status == "again":
-        label = f"{number}: {done.description}" + (", on another seed" if done.runs else "")
-        if not train_fairly(run, done, proposal.source, label, best + 0.5 * sigma):
+        best, sigma = run.mean_of(task.base.number), run.sigma()
+        lowest = min(e.val_bpb() for e in run.history if e.believed())
+        label = f"{done.number}: {done.description}" + (", on another seed" if done.runs else "")
+        if not train_fairly(run, task, label, best + 0.5 * sigma):
             done.status = "discard"
         elif done.status != "crash":
-            rule = (done.values, best, sigma, lowest, simpler, hidden_gain(run, done))
+            rule = (done.values, best, sigma, lowest, simpler, hidden_gain(run, task))
             done.status, done.reason = judge(*rule)
-    return done
 
 
-def train_fairly(
-    run: Run, done: Experiment, source: str, label: str, hidden_below: float = math.inf
-) -> bool:
+def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.inf) -> bool:
     """Add one run to be judged; False if the machine was disturbed again and again.
 
     Set aside and made up for is a run beside another tenant of the GPU or on a throttled card, and
     one in which the same code trained on fewer tokens per second than in another, newer or older.
     """
+    done = task.done
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
         count = 1 + sum(e.runs + e.disturbed for e in [*run.of(done.number), done])
-        result = train_once(run, done.number, source, count, label, hidden_below)
+        result = train_once(run, task, count, label, hidden_below)
         if result.get("disturbed"):
             done.reason, done.disturbed = result["disturbed"], done.disturbed + 1
             done.seconds += result["total_seconds"]
@@ -364,28 +371,27 @@ def train_fairly(
     return False
 
 
-def hidden_gain(run: Run, done: Experiment) -> float | None:
-    """What a candidate gains on the hidden split over the best, if both were scored on it."""
-    best = run.hidden_of(run.best().number)
-    own = [value for value in done.hidden if value is not None]
+def hidden_gain(run: Run, task: Task) -> float | None:
+    """What a candidate gains on the hidden split over its base, if both were scored on it."""
+    best = run.hidden_of(task.base.number)
+    own = [value for value in task.done.hidden if value is not None]
     return statistics.fmean(best) - statistics.fmean(own) if best and own else None
 
 
-def unfinished(run: Run) -> Proposal | None:
-    """The proposal that was being run when the program ended, if it fits the best of now."""
-    number = run.next_number()
-    stored = read_json(run.folder(number) / "proposal.json")
-    try:
-        parent, settings = stored.pop("parent"), stored.pop("settings")
-        proposal = Proposal(edits=[Edit(**edit) for edit in stored.pop("edits")], **stored)
-        if settings != run.settings():
-            return None
-        if parent != run.best().commit:
-            proposal = complete(proposal, run)
-    except (KeyError, TypeError, Rejected):
-        return None
-    say(f"going on with experiment {number}: {proposal.description}")
-    return proposal
+def unfinished(run: Run) -> list[Proposal]:
+    """Proposals that were under way or waiting when the program ended: they are paid for."""
+    found, known = [], {e.number for e in run.history}
+    for path in sorted((run.folder(0).parent).glob("[1-9]*/proposal.json")):
+        stored = read_json(path)
+        try:
+            settings = stored.pop("settings")
+            stored.pop("parent")
+            proposal = Proposal(edits=[Edit(**edit) for edit in stored.pop("edits")], **stored)
+        except (KeyError, TypeError):
+            continue
+        if settings == run.settings() and proposal.number not in known:
+            found.append(proposal)
+    return sorted(found, key=lambda proposal: proposal.number)
 
 
 def lay_out(run: Run, number: int, facts: dict[str, Any]) -> None:
@@ -393,8 +399,10 @@ def lay_out(run: Run, number: int, facts: dict[str, Any]) -> None:
     folder, parent = run.folder(number), run.best().commit if run.history else run.start
     facts = {**facts, "parent": parent, "settings": run.settings()}
     if read_json(folder / "proposal.json") != facts:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():  # last of all the proposal, which is paid for
+            if path.is_file() and path.name != "proposal.json":
+                path.unlink()
         write_atomic(folder / "proposal.json", [json.dumps(facts, indent=1).encode()])
 
 
@@ -424,6 +432,7 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
     False, and nothing is recorded, if the branch is no longer at the parent.
     """
     parent = parent or (run.best().commit if run.history else run.start)
+    done.order = 1 + max((e.order for e in run.history), default=0)
     commit = patiently(write_commit, source, parent, commit_message(done, run.settings()))
     ref = f"refs/autoresearch/{run.tag}/{done.number}"
     if done.number == 0 or done.status == "measure":
@@ -441,18 +450,20 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
         return False
     patiently(sync_git)
     done.commit = parent if source is None else commit
+    stored = run.folder(done.number) / "proposal.json"
+    if source is not None and (facts := read_json(stored)):  # it is not unfinished
+        patiently(write_atomic, stored, [json.dumps(facts | {"commit": commit}, indent=1).encode()])
     patiently(append_rows, [row(done, run.tag)])
     show_result(run, done)
     run.history.append(done)
     return True
 
 
-def baseline(run: Run) -> None:
+def run_baseline(run: Run, task: Task) -> None:
     """Measure train.py untouched, several times; it becomes experiment 0."""
-    patiently(lay_out, run, 0, {"description": "baseline"})
-    done, source = Experiment(0, "baseline", status="keep"), read_train(run.start)
+    done = task.done
     for count in range(1, BASELINE_RUNS + 1):
-        fair = train_fairly(run, done, source, f"baseline, run {count} of {BASELINE_RUNS}")
+        fair = train_fairly(run, task, f"baseline, run {count} of {BASELINE_RUNS}")
         if done.status == "crash":
             (run.folder(0) / "proposal.json").unlink()  # or the failure would be found again
             log = run.folder(0).relative_to(ROOT) / f"run{f'-{count}' if count > 1 else ''}.log"
@@ -463,30 +474,41 @@ def baseline(run: Run) -> None:
             say("the machine is too uneven for a third run; going on with what there is")
             break
         say(f"baseline, run {count} of {BASELINE_RUNS}: val_bpb {done.values[-1]:.6f}")
-    record(run, done, None)
 
 
-def measure_best(run: Run) -> None:
+def run_best(run: Run, task: Task) -> None:
     """Run the best once more, so that it does not stay a lucky number."""
-    best, after = run.best(), len(run.experiments())
-    done = Experiment(best.number, best.description, status="measure", after=after)
-    if not train_fairly(run, done, run.source_of(best), f"the best again: {best.description}"):
+    done = task.done
+    if not train_fairly(run, task, f"the best again: {done.description}"):
         say("the best is slower than it was, again and again; going on with what there is")
     elif done.status == "crash":
-        say(f"the best ({best.number}) now fails; does the baseline? {done.reason}")
-        check_machine(run)
+        say(f"the best ({done.number}) now fails; does the baseline? {done.reason}")
+        check_machine(run, task.slot)
         done.status = "measure"
-    record(run, done, None)
 
 
-def check_machine(run: Run) -> None:
+def check_machine(run: Run, slot: str) -> None:
     """Raise SetupError if the baseline, which worked once, now fails too."""
-    count, source = 1 + sum(e.runs + e.disturbed for e in run.of(0)), run.source_of(run.history[0])
-    result = train_once(run, 0, source, count, "the baseline, to see if it is the machine")
+    first = run.history[0]
+    task = Task("baseline", Experiment(0, "baseline"), run.source_of(first), slot=slot)
+    count = 1 + sum(e.runs + e.disturbed for e in run.of(0))
+    result = train_once(run, task, count, "the baseline, to see if it is the machine")
     (run.folder(0) / f"result{f'-{count}' if count > 1 else ''}.json").unlink()
     if result["status"] == "crash":
         said = f"the baseline now fails: it is the machine, not the ideas: {result['reason']}"
         raise SetupError(one_line(said, 500), "dmesg | tail")
+
+
+def run_commit(run: Run, task: Task) -> None:
+    """Measure what a person has committed on the branch: it is the best, whatever it scores."""
+    done = task.done
+    fair = train_fairly(run, task, f"adopted: {done.description}")
+    if not fair or done.status == "crash":
+        (run.folder(done.number) / "proposal.json").unlink()  # or the failure would be found again
+        said = f"your commit on autoresearch/{run.tag} fails: {done.reason}"
+        hint = f"git branch -f autoresearch/{run.tag} {task.base.commit[:7]}"
+        raise SetupError(said, hint)
+    done.reason = ADOPTED
 
 
 # ---------------------------------------------------------------------------
@@ -575,33 +597,221 @@ def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
     return run
 
 
-def follow_branch(run: Run) -> bool:
-    """Bring the branch up to the journal, or adopt what a person has committed on it: True then."""
+def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[str]:
+    """The GPU of each slot, as CUDA_VISIBLE_DEVICES takes it; "" where there is none.
+
+    Their kind is the scale's device. Raises SetupError for a GPU that is not there or differs.
+    """
+    gpus = scale["gpus"]  # (identity, name) of each
+    if not gpus:
+        if args.gpus:
+            raise SetupError("--gpus: this machine shows none", "nvidia-smi -L")
+        return [""] * (args.slots or 1)  # more disturb each other, and the baseline ran alone
+    wanted = args.gpus or list(range(len(gpus)))[: args.slots or None]
+    for index in wanted:
+        if index >= len(gpus):
+            raise SetupError(f"--gpus {index}: the last one is {len(gpus) - 1}", "nvidia-smi -L")
+    if len(names := {gpus[index][1] for index in wanted}) > 1:
+        said = f"GPUs of one kind can be compared only: {', '.join(sorted(names))}"
+        raise SetupError(said, "python agent.py --gpus 0")
+    scale["device"] = names.pop()
+    return [gpus[index][0] for index in dict.fromkeys(wanted)]
+
+
+def check_memory(baseline: Experiment, slots: list[str]) -> None:
+    """Raise SetupError if slots without a GPU of their own would not fit into memory together."""
+    if "" in slots and sys.platform == "linux":
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        most = int(there / max(baseline.memory_gb, 1e-3))
+        if len(slots) > max(1, most):
+            said = f"{len(slots)} slots of {baseline.memory_gb:.1f} GB each, the baseline's peak"
+            hint = f"python agent.py --slots {max(1, most)}"
+            raise SetupError(f"{said}: the machine has {there:.1f} GB", hint)
+
+
+def commit_on_branch(run: Run) -> str | None:
+    """What a person has committed on the branch; the branch is brought up to the journal else."""
     tip, best = resolve(run.branch()), run.best().commit
     if tip == best:
-        return False
+        return None
     if tip in (None, run.start, *(e.commit for e in run.history if e.status == "keep")):
         patiently(move_refs, (run.branch(), best, tip))  # the program may have died in between
-        return False
+        return None
     if git("merge-base", "--all", tip, best).strip() != best:
         said = f"autoresearch/{run.tag} has commits that are not of this run"
         raise SetupError(said, f"git branch -f autoresearch/{run.tag} {best[:7]}")
-    subject = one_line(git("log", "-1", "--format=%s", tip))
-    say(f"autoresearch/{run.tag} has a commit of yours, the new best: {subject}")
-    done = Experiment(run.next_number(), subject, status="keep", proposer="person")
-    folder, later = run.folder(done.number), run.folder(done.number + 1)
-    if "edits" in read_json(folder / "proposal.json"):  # was being run, and is paid for
-        shutil.rmtree(later, ignore_errors=True)
-        folder.rename(later)
-    patiently(lay_out, run, done.number, {"description": subject, "adopted": tip})
-    fair = train_fairly(run, done, read_train(tip), f"adopted: {subject}")
-    if not fair or done.status == "crash":
-        (run.folder(done.number) / "proposal.json").unlink()  # or the failure would be found again
-        said = f"your commit on autoresearch/{run.tag} fails: {done.reason}"
-        raise SetupError(said, f"git branch -f autoresearch/{run.tag} {best[:7]}")
-    done.reason = ADOPTED
-    record(run, done, None, tip)
-    return True
+    return tip
+
+
+class Night:
+    """Slots that are never idle, a proposer that thinks ahead, and one judge: the main thread."""
+
+    def __init__(self, run: Run, propose: Proposer, args: argparse.Namespace):
+        self.run, self.propose, self.args = run, propose, args
+        self.free = list(args.slots)
+        self.tasks: dict[Future[None], Task] = {}
+        self.waiting: list[Proposal] = []
+        self.thinking: Future[Proposal | None] | None = None
+        self.end: SetupError | str = ""  # why there will be no more proposals
+
+    def work(self) -> None:
+        """Until a limit is reached or nothing is left to propose."""
+        for proposal in unfinished(self.run):
+            say(f"going on with experiment {proposal.number}: {proposal.description}")
+            self.waiting.append(proposal)
+            self.run.running.append(proposal)
+            self.run.billed.update(proposal.bill())
+        for name, value in self.run.billed.items():
+            if self.run.spent[name] < value:  # spent.json is lost
+                self.run.spent[name] = value
+        if self.run.history:
+            check_memory(self.run.history[0], self.args.slots)
+        try:
+            with status_line():
+                while self.fill_slots():
+                    futures = [*self.tasks, *([self.thinking] if self.thinking else [])]
+                    wait(futures, 1.0, FIRST_COMPLETED)  # a second: for --hours
+                    over = [future for future in self.tasks if future.done()]
+                    for future in sorted(over, key=lambda f: self.tasks[f].done.number):
+                        self.settle(future)
+                    if self.thinking and self.thinking.done():
+                        self.take_proposal()
+        finally:
+            STOP.set()
+            wait([*self.tasks, *([self.thinking] if self.thinking else [])], 30)
+        if isinstance(self.end, SetupError):
+            raise self.end
+        commit_on_branch(self.run)
+        show_end(self.run, self.limit() or self.end)
+
+    def limit(self) -> str:
+        """Which of the person's limits is reached; "" if none."""
+        most = self.args.experiments
+        if not self.run.history:  # a baseline there is in any case
+            return ""
+        if most is not None and len(self.run.experiments()) >= most:
+            return f"the run has its {most} experiments"
+        return f"{self.args.hours:g} hours are over" if time.monotonic() > self.args.until else ""
+
+    def fill_slots(self) -> bool:
+        """Give work to free slots and to the proposer; False when all is done."""
+        while self.free and not self.limit() and not isinstance(self.end, SetupError):
+            task = self.next_task()
+            if task is None:
+                break
+            task.slot = self.free.pop(0)
+            self.tasks[in_thread(carry_out, self.run, task)] = task
+        if self.thinking is None and not self.end and not self.limit() and self.may_think():
+            self.thinking = in_thread(self.propose, self.run.view())
+        return bool(self.tasks or self.thinking)
+
+    def may_think(self) -> bool:
+        """Never more ideas in waiting than slots; what costs no time is thought of when needed."""
+        run, most = self.run, self.args.experiments
+        ideas = len(run.experiments()) + len(run.running)
+        room = len(self.args.slots) if self.propose_ahead() else len(self.free)
+        return (most is None or ideas < most) and len(self.waiting) < room and bool(run.history)
+
+    def propose_ahead(self) -> bool:
+        return getattr(self.propose, "ahead", False)
+
+    def next_task(self) -> Task | None:
+        """What a free slot does, if there is anything."""
+        run = self.run
+        if not run.history and self.tasks:
+            return None
+        if not run.history:
+            patiently(lay_out, run, 0, {"description": "baseline"})
+            done = Experiment(0, "baseline", status="keep")
+            return Task("baseline", done, read_train(run.start), commit=run.start)
+        under_way = {task.kind for task in self.tasks.values()}
+        if "commit" in under_way:  # it will be the best, whatever it scores
+            return None
+        if tip := commit_on_branch(run):
+            return self.adopt(tip)
+        plateau = run.since_keep() >= MEASURE_AFTER
+        plateau = plateau and len(run.values_of(run.best().number)) < BEST_RUNS
+        if "best" not in under_way and (plateau or crashes_in_a_row(run)):
+            best, after = run.best(), max(e.number for e in run.history)
+            done = Experiment(best.number, best.description, status="measure", after=after)
+            return Task("best", done, run.source_of(best), commit=best.commit)
+        ideas = sum(task.kind == "idea" for task in self.tasks.values())
+        most = self.args.experiments
+        while self.waiting and (most is None or len(run.experiments()) + ideas < most):
+            if task := self.take_up(self.waiting.pop(0)):
+                return task
+        return None
+
+    def take_up(self, proposal: Proposal) -> Task | None:
+        """A proposal on top of the best of now; None if it does not fit there."""
+        run = self.run
+        shared = ("description", "hypothesis", "proposer", "saw", *proposal.bill())
+        done = Experiment(proposal.number, **{name: getattr(proposal, name) for name in shared})
+        try:
+            complete(proposal, run)
+        except Rejected as rejection:
+            run.running.remove(proposal)
+            if list(run.folder(proposal.number).glob("result*.json")):  # has won once
+                done.status, done.reason = "discard", "does not fit on the new best"
+                record(run, done, proposal.source, proposal.base)
+            else:
+                say(f"{proposal.description}: dropped, {one_line(str(rejection), 200)}")
+                run.billed.subtract(proposal.bill())  # the next one pays
+                shutil.rmtree(run.folder(proposal.number), ignore_errors=True)
+            return None
+        patiently(lay_out, run, proposal.number, asdict(proposal))
+        return Task("idea", done, proposal.source, run.best(), proposal)
+
+    def adopt(self, tip: str) -> Task:
+        """A person's commit on the branch, under the number that it had when it was found."""
+        run, subject = self.run, one_line(git("log", "-1", "--format=%s", tip))
+        say(f"autoresearch/{run.tag} has a commit of yours, the new best: {subject}")
+        paths = run.folder(0).parent.glob("[1-9]*/proposal.json")
+        numbers = [int(p.parent.name) for p in paths if read_json(p).get("adopted") == tip]
+        done = Experiment((numbers or [run.next_number()])[0], subject, "", "person", status="keep")
+        patiently(lay_out, run, done.number, {"description": subject, "adopted": tip})
+        proposal = Proposal(subject, "", [], "person", number=done.number)
+        run.running.append(proposal)
+        return Task("commit", done, read_train(tip), run.best(), proposal, commit=tip)
+
+    def settle(self, future: Future[None]) -> None:
+        """Record a task that is over; what won against another best than that of now runs again."""
+        run, task = self.run, self.tasks.pop(future)
+        self.free.append(task.slot)
+        future.result()
+        done = task.done
+        if task.kind == "baseline":
+            check_memory(done, self.args.slots)
+        if task.kind != "idea":
+            record(run, done, None, task.commit)
+        else:
+            moved = task.base.commit != run.best().commit or bool(commit_on_branch(run))
+            again = done.status == "keep" and moved
+            if again or not record(run, done, task.source, task.base.commit):
+                say(f"once more, on top of the new best: {done.description}")
+                self.waiting.insert(0, task.proposal)
+                return
+        if task.proposal:
+            run.running.remove(task.proposal)
+
+    def take_proposal(self) -> None:
+        """What the proposer thought of waits for a slot, under a number, and outlives a kill."""
+        future, self.thinking = self.thinking, None
+        try:
+            proposal = future.result()
+        except CapReached as cap:
+            self.end = str(cap)
+            return
+        except SetupError as error:
+            self.end = error  # once what is running is over
+            return
+        if proposal is None:
+            self.end = "nothing is left to propose"
+            return
+        proposal.number = self.run.next_number()
+        patiently(lay_out, self.run, proposal.number, asdict(proposal))
+        self.run.running.append(proposal)
+        self.waiting.append(proposal)
 
 
 def night(args: argparse.Namespace) -> None:
@@ -626,9 +836,11 @@ def night(args: argparse.Namespace) -> None:
     caps = {"experiments": args.experiments, "hours": args.hours, "US dollars": args.usd}
     limits = [f"after {cap:g} {unit}" for unit, cap in caps.items() if cap is not None]
     say(f"{line}; stops " + (" or ".join(limits) or "when you say so"))
-    run = find_run(args.tag, describe_machine(args.corpus))
-    if run.scale["gpu"]:
-        lock(Path(run.scale["rows"]).parent / f"{run.scale['gpu']}.lock", "this GPU")
+    scale = describe_machine(args.corpus)
+    args.slots = choose_slots(args, scale)
+    run = find_run(args.tag, scale)
+    for gpu in filter(None, args.slots):
+        lock(Path(run.scale["rows"]).parent / f"{gpu}.lock", f"the GPU {gpu}")
     keep_log(run.folder(0).parent)
     run.read_spent()
     if args.usd is not None and math.isnan(run.spent["cost_usd"]):
@@ -639,24 +851,8 @@ def night(args: argparse.Namespace) -> None:
     show_start(run)
     if run.history:
         say(f"going on after experiment {len(run.experiments())}")
-    else:
-        baseline(run)
-    patiently(append_rows, [row(done, run.tag) for done in run.history])
-    while True:
-        follow_branch(run)
-        if args.experiments is not None and len(run.experiments()) >= args.experiments:
-            return show_end(run, f"the run has its {args.experiments} experiments")
-        if time.monotonic() > args.until:
-            return show_end(run, f"{args.hours:g} hours are over")
-        plateau = run.since_keep() >= MEASURE_AFTER
-        if plateau and len(run.values_of(run.best().number)) < BEST_RUNS or crashes_in_a_row(run):
-            measure_best(run)
-            continue
-        try:
-            if not experiment(run, propose):
-                return show_end(run, "nothing is left to propose")
-        except CapReached as cap:
-            return show_end(run, str(cap))
+        patiently(append_rows, [row(done, run.tag) for done in run.history])
+    Night(run, propose, args).work()
 
 
 def crashes_in_a_row(run: Run) -> bool:
@@ -674,13 +870,13 @@ def process_start(pid: int) -> str:
 def end_leftover(run: Run) -> None:
     """End what a killed agent.py left of its last run, until nobody lives in its folder."""
     folder, own = run.folder(0).parent, []
-    path = folder / "running.json"
-    found = read_json(path)
-    if found.get("started") and process_start(found["pid"]) == found["started"]:
-        say(f"ending process {found['pid']}, which an earlier agent.py left behind")
-        with suppress(ProcessLookupError):
-            os.killpg(found["pid"], signal.SIGKILL)  # the warden sees it, and ends the rest
-    path.unlink(missing_ok=True)
+    for path in folder.glob("*/running.json"):
+        found = read_json(path)
+        if found.get("started") and process_start(found["pid"]) == found["started"]:
+            say(f"ending process {found['pid']}, which an earlier agent.py left behind")
+            with suppress(ProcessLookupError):
+                os.killpg(found["pid"], signal.SIGKILL)  # the warden sees it, and ends the rest
+        path.unlink(missing_ok=True)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         own = [link for link in Path("/proc").glob("[0-9]*/cwd") if lives_in(link, folder)]
@@ -717,6 +913,10 @@ def count(text: str) -> int:
     return int(text)
 
 
+def indices(text: str) -> list[int]:
+    return [count(each) for each in text.split(",")]
+
+
 def main() -> int:
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -730,6 +930,8 @@ def main() -> int:
     add("--model", default=MODEL, metavar="NAME", help=f"of the Anthropic API, default {MODEL}")
     add("--corpus", metavar="PATH", help="text, JSONL or Parquet to train on")
     add("--budget", metavar="SECONDS", help="of training per run, default the scale's")
+    add("--slots", type=count, metavar="N", help="runs at a time, default one per GPU")
+    add("--gpus", type=indices, metavar="0,1", help="to run on, one run each, default all")
     add("--unconfined", action="store_true", help="let train.py run without a cage: your own risk")
     args = parser.parse_args()
     hide_memory()

@@ -22,11 +22,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -52,6 +54,8 @@ LOG_BYTES, LOGS_KEPT = 2_000_000, 3
 ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever it scores
 LOG = logging.getLogger("autoresearch")
 HELD: list[Any] = []  # locks, for as long as this process lives
+DOING: dict[Any, str] = {}  # what goes on, a line each
+STOP = threading.Event()  # what goes on is to end
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Experiment:
     speeds: list[float] = field(default_factory=list)  # M tokens per second of the scale's clock
     hidden: list[float | None] = field(default_factory=list)  # the same of the hidden split
     after: int = 0  # for a measurement: the last experiment before it
+    order: int = 0  # in which verdicts were given; numbers are given when an idea is had
+    saw: int = 0  # the verdicts that its proposer knew of
     memory_gb: float = 0.0
     seconds: float = 0.0  # wall clock of all runs
     start_seconds: float = 0.0  # of the scale's clock, to the first batch, in the slowest run
@@ -274,7 +280,11 @@ def read_journal(tag: str) -> list[tuple[Experiment, str]]:
             if done.number == 0 or done.status == "measure" or done.reason == ADOPTED:
                 done.commit = parent  # the train.py that was measured
             entries.append((done, settings))
-    return sorted(entries, key=lambda entry: (entry[0].after or entry[0].number, entry[0].after))
+    def place(entry: tuple[Experiment, str]) -> tuple[int, int, int]:
+        done = entry[0]  # older versions wrote no order
+        return done.order, done.after or done.number, done.after
+
+    return sorted(entries, key=place)
 
 
 def row(done: Experiment, tag: str) -> str:
@@ -328,6 +338,8 @@ class Run:
     start: str  # the commit that the person started from
     history: list[Experiment] = field(default_factory=list)
     spent: Counter[str] = field(default_factory=Counter)  # on the API, replies in vain included
+    billed: Counter[str] = field(default_factory=Counter)  # of it, to proposals that stay
+    running: list[Any] = field(default_factory=list)  # proposals under way or waiting
     sources: dict[str, str] = field(default_factory=dict)  # train.py by commit
 
     def settings(self) -> str:
@@ -338,7 +350,7 @@ class Run:
 
     def read_spent(self) -> None:
         """The money of earlier sessions: at least what the rows say."""
-        self.spent = self.booked()
+        self.spent, self.billed = self.booked(), self.booked()
         path = self.folder(0).parent / "spent.json"
         try:
             stored = json.loads(path.read_text()) if path.exists() else {}
@@ -359,10 +371,11 @@ class Run:
         names = ("cost_usd", "tokens_in", "tokens_out")
         return Counter({name: sum(getattr(e, name) for e in self.history) for name in names})
 
-    def unbooked(self) -> dict[str, float]:
-        """Spent since the last row."""
-        booked = self.booked()
-        return {name: value - booked[name] for name, value in self.spent.items()}
+    def take_bill(self) -> dict[str, float]:
+        """Spent since the last proposal: each pays for what came to nothing before it."""
+        bill = {name: value - self.billed[name] for name, value in self.spent.items()}
+        self.billed.update(bill)
+        return bill
 
     def seed(self, number: int, count: int) -> int:
         """Of a run: each has its own, which does not tell train.py which run it is."""
@@ -377,7 +390,11 @@ class Run:
         return [e for e in self.history if e.number and e.status != "measure"]
 
     def next_number(self) -> int:
-        return 1 + max((e.number for e in self.history), default=0)
+        return 1 + max((e.number for e in [*self.history, *self.running]), default=0)
+
+    def view(self) -> Run:
+        """The run as it is now, for another thread; money and sources are shared."""
+        return replace(self, history=list(self.history), running=list(self.running))
 
     def best(self) -> Experiment:
         return [e for e in self.history if e.status == "keep"][-1]
@@ -501,21 +518,55 @@ def keep_log(folder: Path | None) -> None:
 
 
 @contextmanager
-def status_line(text: str) -> Iterator[Callable[[str], None]]:
-    """A line at the bottom of the terminal that tells what goes on; elsewhere its first text."""
+def status_line() -> Iterator[None]:
+    """Show what goes on, of DOING, at the bottom of the terminal; elsewhere nothing."""
     if not sys.stderr.isatty():
-        say(text)
-        yield lambda text: None
+        yield
         return
     from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
     from rich.text import Text
 
-    def show(text: str) -> None:
-        with suppress(OSError):
-            status.update(Text(text))
+    class Doing:
+        def __rich__(self) -> Text:
+            line = " | ".join(list(DOING.values()))
+            return Text(line or "thinking", overflow="ellipsis", no_wrap=True)
 
-    with Console(stderr=True).status(Text(text), spinner="line") as status:
+    show = {"transient": True, "redirect_stdout": sys.stdout.isatty()}  # not a file's rows
+    with Live(Spinner("line", Doing()), console=Console(stderr=True), **show):
+        yield
+
+
+@contextmanager
+def doing(text: str) -> Iterator[Callable[[str], None]]:
+    """Have the status line tell what goes on, as the function that is yielded words it later on."""
+    key = object()
+
+    def show(text: str) -> None:
+        DOING[key] = text
+
+    if not sys.stderr.isatty():
+        say(text)
+    show(text)
+    try:
         yield show
+    finally:
+        del DOING[key]
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """The future result of a call, in a thread that does not outlive the program."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def show_result(run: Run, done: Experiment) -> None:

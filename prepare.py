@@ -713,17 +713,16 @@ def main() -> None:
     import torch
 
     manifest = (folder / "manifest.json").read_bytes()
-    cpu, gpu = f"CPU, {os.cpu_count()} cores", ""
-    if torch.cuda.is_available():
-        gpu = f"gpu-{torch.cuda.get_device_properties(0).uuid}"
+    cpu, gpus = f"CPU, {os.cpu_count()} cores", range(torch.cuda.device_count())
+    kinds = [torch.cuda.get_device_properties(index) for index in gpus]
     facts = dataclasses.asdict(scale) | {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "device": kinds[0].name if kinds else cpu,
         "rows": str(folder),
         "source": json.loads(manifest)["source"],
         "tokens": json.loads(manifest)["tokens"],
         "manifest": hashlib.sha256(manifest).hexdigest()[:16],
         "referee": trusted_hash(),
-        "gpu": gpu,
+        "gpus": [[f"GPU-{kind.uuid}", kind.name] for kind in kinds],
     }
     print(json.dumps(facts, indent=1))
 

@@ -16,17 +16,16 @@ import random
 import re
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from journal import ROOT, Experiment, Run, fingerprint, one_line, say, status_line
+from journal import ROOT, STOP, Experiment, Run, doing, fingerprint, in_thread, one_line, say
 from prepare import SetupError
 
 MODEL = "claude-opus-5-5"
@@ -86,10 +85,18 @@ class Proposal:
     hypothesis: str
     edits: list[Edit]
     proposer: str
+    patch: str = ""  # a diff in the place of edits
     source: str = ""
+    base: str = ""  # the commit that it is made of
+    number: int = 0
+    saw: int = 0  # verdicts
     cost_usd: float = 0.0
     tokens_in: int = 0
     tokens_out: int = 0
+
+    def bill(self) -> dict[str, float]:
+        return {"cost_usd": self.cost_usd, "tokens_in": self.tokens_in,
+                "tokens_out": self.tokens_out}
 
 
 # ---------------------------------------------------------------------------
@@ -122,7 +129,10 @@ def apply_edits(source: str, edits: list[Edit]) -> str:
 def complete(proposal: Proposal, run: Run) -> Proposal:
     """The proposal with its train.py. Raises Rejected unless that compiles and is new here."""
     best = run.source_of(run.best())
-    proposal.source = source = apply_edits(best, proposal.edits)
+    if proposal.patch:
+        source = apply_patch(best, proposal.patch)
+    else:
+        source = apply_edits(best, proposal.edits)
     proposal.description = one_line(proposal.description) or "no description"
     if len(source) > MAX_SOURCE:
         raise Rejected(f"train.py would have {len(source)} characters, over {MAX_SOURCE}.")
@@ -137,6 +147,14 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
         if new == fingerprint(run.source_of(tried)):
             what = f"experiment {tried.number} again: {tried.description}, {tried.status}"
             raise Rejected(f"This is {what}, val_bpb {tried.val_bpb():.6f}. Try another idea.")
+    for other in run.running:
+        own = other.number == proposal.number or not other.source  # or a person's
+        if not own and new == fingerprint(other.source):
+            said = f"experiment {other.number} again, which is not over: {other.description}"
+            raise Rejected(f"This is {said}. Try another idea.")
+    if not asserts_hold(source, run.scale):
+        raise Rejected("An assertion at the top of train.py would fail with these constants.")
+    proposal.source, proposal.base = source, run.best().commit
     return proposal
 
 
@@ -150,7 +168,7 @@ Proposer = Callable[[Run], "Proposal | None"]
 
 def patches(files: list[Path]) -> Proposer:
     """Proposes the edits that a person wrote, one file each: a unified diff or a whole train.py."""
-    seen: set[str] = set()
+    rejected: set[str] = set()
 
     def propose(run: Run) -> Proposal | None:
         for path in files:
@@ -160,12 +178,12 @@ def patches(files: list[Path]) -> Proposer:
                 say(f"{path} cannot be read: {error}")
                 continue
             mark = f"patches {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-            if mark in seen or any(e.proposer == mark for e in run.experiments()):
+            if mark in rejected or any(e.proposer == mark for e in [*run.history, *run.running]):
                 continue
-            seen.add(mark)
             try:
                 return complete(read_patch(path.name, text, mark, run), run)
             except Rejected as rejection:
+                rejected.add(mark)
                 say(f"rejected: {path.name}: {one_line(str(rejection), 300)}")
         return None
 
@@ -173,26 +191,48 @@ def patches(files: list[Path]) -> Proposer:
 
 
 def read_patch(name: str, text: str, mark: str, run: Run) -> Proposal:
-    """A patch file as a proposal; a text without hunks is a whole train.py. Raises Rejected."""
-    best, prose, new = run.source_of(run.best()), name, text
+    """A patch file as a proposal; a text without hunks is a whole train.py."""
+    prose = name
     if re.search(r"^@@ -", text, re.M):
         headers = ("--- ", "+++ ", "diff ", "index ", "@@ ")
         first = next((line for line in text.splitlines() if line.strip()), "")
         subject = re.search(r"^Subject: (?:\[PATCH.*?\] )?(.+)", text, re.M)  # of git format-patch
         prose = subject[1] if subject else name if first.startswith(headers) else first
-        file = re.search(r"^\+\+\+ (\S+)", text, re.M)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "train.py").write_text(best, encoding="utf-8")
-            command = ["git", "apply", f"-p{file[1].count('/') if file else 1}", "-"]
-            alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).resolve().parent)}
-            done = subprocess.run(
-                command, cwd=folder, env=alone, input=text, capture_output=True, encoding="utf-8"
-            )
-            if done.returncode or os.listdir(folder) != ["train.py"]:
-                said = done.stderr or "it touches other files"
-                raise Rejected(f"the diff does not apply to the best train.py: {said}")
-            new = (Path(folder) / "train.py").read_text(encoding="utf-8")
-    return Proposal(prose, "", [Edit(best, new)], mark)
+    else:
+        best = run.source_of(run.best())
+        if text and best == text:
+            raise Rejected("it is the best train.py")
+        text = unified_diff(best, text)
+    return Proposal(prose, "", [], mark, patch=text)
+
+
+def unified_diff(old: str, new: str) -> str:
+    """From one train.py to another, as `git apply` reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (("old", old), ("new", new)):
+            (Path(folder) / name).mkdir()
+            (Path(folder) / name / "train.py").write_bytes(text.encode())
+        command = ["git", "diff", "--no-index", "--no-color", "--no-ext-diff", "--no-prefix",
+                   "old/train.py", "new/train.py"]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE)
+    return done.stdout.decode()
+
+
+def apply_patch(source: str, patch: str) -> str:
+    """`source` with a unified diff applied. Raises Rejected if that is not possible."""
+    file = re.search(r"^\+\+\+ (\S+)", patch, re.M)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.py"
+        path.write_bytes(source.encode())
+        command = ["git", "apply", f"-p{file[1].count('/') if file else 1}", "-"]
+        alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).resolve().parent)}
+        done = subprocess.run(
+            command, cwd=folder, env=alone, input=patch.encode(), capture_output=True
+        )
+        if done.returncode or os.listdir(folder) != ["train.py"]:
+            said = done.stderr.decode(errors="replace") or "it touches other files"
+            raise Rejected(f"the diff does not apply to the best train.py: {said}")
+        return path.read_bytes().decode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -307,7 +347,8 @@ def sampler(run: Run) -> Proposal | None:
             told = {"params": steps, "distributions": {n: steps_of for n in steps}}
             tried.append(optuna.trial.create_trial(**told, value=e.val_bpb()))
     for attempt in range(100):
-        choose = random.Random(f"{run.tag} {len(run.history)} {attempt}")
+        known = len(run.history) + len(run.running)
+        choose = random.Random(f"{run.tag} {known} {attempt}")
         seed = choose.randrange(2**31)
         study = optuna.create_study(
             sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=SAMPLER_STARTUP)
@@ -321,7 +362,7 @@ def sampler(run: Run) -> Proposal | None:
         lines = zip(lines_of(source), lines_of(proposed), strict=True)
         edits = [Edit("\n" + old, "\n" + new) for old, new in lines if old != new]
         try:
-            if edits and asserts_hold(proposed, run.scale):
+            if edits:
                 return complete(Proposal(", ".join(moved), "", edits, "sampler"), run)
         except (Rejected, SyntaxError, RecursionError):  # tried before, or an odd program
             continue
@@ -392,6 +433,9 @@ def digest(run: Run) -> str:
     if older:
         lines += ["", "The 10 best of the older ones:", *(history_line(e, mean) for e in older)]
     lines += ["", "The last 20, oldest first:", *(history_line(e, mean) for e in experiments[-20:])]
+    if run.running:
+        lines += ["", "Under way, their results are not known yet:"]
+        lines += [f"{proposal.number}. {proposal.description}" for proposal in run.running]
     for e in [e for e in experiments[-20:] if e.status == "crash"][-3:]:
         said = html.escape(one_line(e.reason, 300), quote=False)  # it could end the fence itself
         lines += [f"Crash of experiment {e.number}:", f"<log>{said}</log>"]
@@ -510,26 +554,26 @@ class Api:
 
         In a thread, since the SDK keeps pings to itself: a stream of nothing else would never end.
         """
-        answer: Future[Any] = Future()
 
-        def fetch() -> None:
+        def fetch() -> Any:
             # A forced tool_choice is refused by models that always think; the contract asks for it.
             choice = {"type": "auto", "disable_parallel_tool_use": True}
-            try:
-                with self.client.messages.stream(
-                    model=self.model, max_tokens=MAX_TOKENS, tools=[PROPOSE_TOOL],
-                    tool_choice=choice, **request,
-                ) as stream:
-                    streams.append(stream)
-                    answer.set_result(stream.get_final_message())
-            except BaseException as error:
-                answer.set_exception(error)
+            with self.client.messages.stream(
+                model=self.model, max_tokens=MAX_TOKENS, tools=[PROPOSE_TOOL],
+                tool_choice=choice, **request,
+            ) as stream:
+                streams.append(stream)
+                return stream.get_final_message()
 
-        threading.Thread(target=fetch, daemon=True).start()
-        with status_line(f"asking {self.model}"):
+        answer = in_thread(fetch)
+        with doing(f"asking {self.model}"):
             for look in range(1, REPLY_LOOKS + 1):
-                if wait([answer], REPLY_SECONDS).done:
-                    return answer.result()
+                until = time.monotonic() + REPLY_SECONDS
+                while time.monotonic() < until:
+                    if wait([answer], 0.5).done:
+                        return answer.result()
+                    if STOP.is_set():
+                        raise KeyboardInterrupt
                 say(f"no whole reply from the API for {look * REPLY_SECONDS / 60:.0f} min")
         for stream in streams:
             stream.close()
@@ -583,6 +627,8 @@ class Claude:
     While the API is away the sampler proposes. Raises CapReached at --usd and --hours.
     """
 
+    ahead = True  # it takes minutes: the next one is asked for while another is trained
+
     def __init__(self, args: argparse.Namespace):
         try:
             self.args, self.program = args, read_program()
@@ -607,7 +653,7 @@ class Claude:
                 if away and (proposal := sampler(run)):
                     proposal.description = f"sampler: {proposal.description}"
                     return proposal
-            time.sleep(max(0.0, min(self.api.again_at, self.args.until) - time.monotonic()))
+            STOP.wait(max(0.0, min(self.api.again_at, self.args.until) - time.monotonic()))
             with suppress(Away):
                 if proposal := self.converse():
                     return proposal
@@ -633,7 +679,7 @@ class Claude:
                 say(f"rejected: {one_line(str(rejection), 300)}")
                 add_repair_turn(request["messages"], message, str(rejection))
                 continue
-            vars(proposal).update(self.run.unbooked())
+            vars(proposal).update(self.run.take_bill(), saw=len(self.run.history))
             return proposal
         return None
 

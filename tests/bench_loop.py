@@ -1,21 +1,41 @@
-"""Where the seconds of an experiment go: real agent, real train.py, sampler, a short budget.
+"""Where the seconds of a night go, and what thinking ahead is worth: the real agent and train.py.
 
-python tests/bench_loop.py                 # 4 experiments of 5 CPU seconds
-python tests/bench_loop.py --budget 60
+python tests/bench_loop.py                          # a scripted model with 5 s a reply
+python tests/bench_loop.py --reply 15 --budget 20   # with and without thinking ahead
+python tests/bench_loop.py --slots 2 --budget 20    # and two at a time
 """
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from conftest import ApiServer, proposal  # noqa: E402
+
+# agent.py with the times of its runs, each by the thread of its slot, on the last line of stdout.
+TIMED = """\
+import json, os, sys, threading, time
+sys.path.insert(0, os.getcwd())
+import agent, researcher
+researcher.Claude.ahead = sys.argv.pop(1) == "True"
+inner, times = agent.train_once, []
+
+def train_once(run, task, *rest):
+    started = time.monotonic()
+    result = inner(run, task, *rest)
+    times.append((task.done.number, started, time.monotonic(), result))
+    return result
+
+agent.train_once = train_once
+agent.main()
+print(json.dumps(times))
+"""
 
 
 def clone(folder: Path) -> None:
@@ -30,66 +50,70 @@ def clone(folder: Path) -> None:
         subprocess.run(["git", *command], cwd=folder, check=True)
 
 
-def timed(module, spent: Counter, name: str) -> None:
-    """Wrap a function of a module so that its wall-clock seconds add up under its name."""
-    inner = getattr(module, name)
+def answer(number: int, seconds: float):
+    """A reply that comes after so many seconds; its edit changes next to nothing."""
 
-    def outer(*args, **more):
-        started = time.perf_counter()
-        try:
-            return inner(*args, **more)
-        finally:
-            spent[name] += time.perf_counter() - started
-            if name == "baseline":
-                spent.clear()
+    def reply(request):
+        time.sleep(seconds)
+        return proposal("INIT_SCALE = ", f"INIT_SCALE = 1e-{number + 5} + ", f"idea {number}")
 
-    setattr(module, name, outer)
+    return reply
+
+
+def spend_night(args: argparse.Namespace, ahead: bool, slots: int) -> list[tuple]:
+    """(number, start, end, result) of each run after the baseline's."""
+    server = ApiServer(*(answer(n, args.reply) for n in range(args.experiments + slots)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkout"
+        folder.mkdir()
+        clone(folder)
+        command = [sys.executable, "-c", TIMED, str(ahead), "--tag", "t", "--slots", str(slots)]
+        command += ["--budget", args.budget, "--experiments", str(args.experiments)]
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"AUTORESEARCH_SCALE": "cpu"} | server.env,
+            stdout=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+    server.shutdown()
+    runs = [tuple(run) for run in json.loads(done.stdout.splitlines()[-1]) if run[0]]
+    return [run for run in runs if run[3]["status"] == "ok"]
+
+
+def tell(title: str, runs: list[tuple], args: argparse.Namespace, slots: int) -> float:
+    """Print where the slots' seconds went; returns experiments per hour."""
+    first, last = min(run[1] for run in runs), max(run[2] for run in runs)
+    whole, n = slots * (last - first), len(runs)
+    spent = {"training": sum(run[3]["training_wall_seconds"] for run in runs),
+             "evaluation": sum(run[3]["evaluation_seconds"] for run in runs),
+             "start": sum(run[3]["start_wall_seconds"] for run in runs)}  # fmt: skip
+    inside = sum(run[2] - run[1] for run in runs)
+    spent["end of a run"] = inside - sum(spent.values())
+    spent["between runs"] = whole - inside
+    rate = 3600 * args.experiments / (last - first)
+    print(f"\n{title}: {args.experiments} experiments, {n} runs, {rate:.0f} experiments an hour")
+    for name, seconds in spent.items():
+        print(f"  {name:14}{seconds / n:8.2f} s a run {100 * seconds / whole:6.1f} %")
+    rest = (whole - spent["training"]) / n
+    print(f"  so at a budget of 300 s {100 * 300 / (300 + rest):.1f} % would be training")
+    return rate
 
 
 def main() -> None:
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--budget", default="5")
+    parser.add_argument("--budget", default="5", help="CPU seconds of training")
     parser.add_argument("--experiments", type=int, default=4)
+    parser.add_argument("--reply", type=float, default=5.0, help="seconds of the scripted model")
+    parser.add_argument("--slots", type=int, default=1)
+    parser.add_argument("--alone", action="store_true", help="nothing to compare with")
     args = parser.parse_args()
-    os.environ["AUTORESEARCH_SCALE"] = "cpu"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "checkout"
-        folder.mkdir()
-        clone(folder)
-        os.chdir(folder)
-        sys.path.insert(0, str(folder))
-        agent, spent = importlib.import_module("agent"), Counter()
-        timed(importlib.import_module("researcher"), spent, "sampler")
-        for name in ("record", "train_once", "baseline", "experiment"):
-            timed(agent, spent, name)
-        sys.argv[1:] = ["--proposer", "sampler", "--budget", args.budget]
-        sys.argv += ["--experiments", str(args.experiments)]
-        agent.main()
-        files = sorted((folder / "runs").glob("*/[1-9]*/result*.json"))
-        runs = [run for file in files if (run := json.loads(file.read_text()))["status"] == "ok"]
-        os.chdir(ROOT)
-
-    def each(key: str) -> float:
-        return sum(run[key] for run in runs) / args.experiments
-
-    seconds = {
-        "proposal": spent["sampler"] / args.experiments,
-        "start": each("start_wall_seconds"),
-        "training": each("training_wall_seconds"),
-        "evaluation": each("evaluation_seconds"),
-    }
-    seconds["end of a run"] = spent["train_once"] / args.experiments - sum(
-        list(seconds.values())[1:]
-    )
-    seconds["git and row"] = spent["record"] / args.experiments
-    seconds["judging and the rest"] = spent["experiment"] / args.experiments - sum(seconds.values())
-    print(f"\nseconds per experiment ({args.experiments} experiments, {len(runs)} runs)")
-    for name, value in seconds.items():
-        print(f"  {name:22}{value:8.2f}")
-    work = seconds["training"] + seconds["evaluation"]
-    rest = sum(seconds.values()) - work
-    print(f"  all but training and evaluation: {rest:.2f}")
+    ahead = tell("thinking ahead", spend_night(args, True, args.slots), args, args.slots)
+    if args.alone:
+        return
+    if args.slots > 1:
+        other = tell("one slot", spend_night(args, True, 1), args, 1)
+    else:
+        other = tell("asked when a slot is free", spend_night(args, False, 1), args, 1)
+    print(f"\nratio of experiments an hour: {ahead / other:.2f}")
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_a_commit_in_mid_run_has_the_winner_run_again_on_top_of_it(quick, api):
     mine = commit_on_branch(quick, PASSES=5)
     said = started.communicate()[1].decode()
     assert started.returncode == 0, said
-    assert "once more, on top of what was adopted" in said
+    assert "once more, on top of the new best" in said
     assert [row["status"] for row in quick.rows()] == ["keep", "keep", "keep"]
     assert quick.git("rev-parse", "autoresearch/t~1") == mine
     source = quick.git("show", "autoresearch/t:train.py")
@@ -269,16 +269,20 @@ def while_training(checkout, number, *arguments, env=None):
 @pytest.mark.slow
 def test_a_proposal_that_was_paid_for_outlives_an_adoption_and_a_kill(quick, api):
     stand_in(quick, 2.0)
-    server = api(idea(0.7))
-    started = while_training(quick, 1, "--experiments", "2", env=server.env)
+    server = api(idea(0.7), idea(0.8))
+    command = ("--experiments", "2")
+    started = while_training(quick, 1, *command, env=server.env)
     commit_on_branch(quick, PASSES=5)
+    while not (quick.folder / "runs/t/2/proposal.json").exists():
+        time.sleep(0.05)
     started.kill()
     started.wait()
-    while_training(quick, 2, "--experiments", "2", env=server.env).kill()  # number 1 is the adopted
-    done = quick.agent("--tag", "t", "--experiments", "2", env=server.env)
+    while_training(quick, 3, *command, env=server.env).kill()  # the adopted one
+    done = quick.agent("--tag", "t", *command, env=server.env)
     assert done.returncode == 0, done.stderr
-    assert [row["description"] for row in quick.rows()] == ["baseline", "my own idea", "to 0.7"]
-    assert len(server.requests) == 1
+    told = [(row["experiment"], row["description"]) for row in quick.rows()[1:]]
+    assert told == [("3", "my own idea"), ("1", "to 0.7")]
+    assert len(server.requests) == 2 and (quick.folder / "runs/t/2/proposal.json").exists()
     assert "PASSES = 5" in quick.git("show", "autoresearch/t:train.py")
 
 

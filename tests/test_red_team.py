@@ -955,5 +955,7 @@ def test_the_gain_on_hidden_is_that_of_the_means_over_the_best():
     run.history = [agent.Experiment(0, "", status="keep", hidden=[1.0, 1.2]),
                    agent.Experiment(1, "", status="discard", hidden=[5.0]),
                    agent.Experiment(0, "", status="measure", after=1, hidden=[1.4])]  # fmt: skip
-    assert agent.hidden_gain(run, agent.Experiment(2, "", hidden=[0.9, 1.1])) == pytest.approx(0.2)
-    assert agent.hidden_gain(run, agent.Experiment(2, "")) is None
+    task = agent.Task("idea", agent.Experiment(2, "", hidden=[0.9, 1.1]), "", run.history[0])
+    assert agent.hidden_gain(run, task) == pytest.approx(0.2)
+    task.done.hidden = []
+    assert agent.hidden_gain(run, task) is None

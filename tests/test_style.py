@@ -14,9 +14,9 @@ CEILINGS = {
     "referee.py": 495,
     "warden.py": 760,
     "train.py": 650,
-    "agent.py": 770,
-    "journal.py": 560,
-    "researcher.py": 670,
+    "agent.py": 970,
+    "journal.py": 610,
+    "researcher.py": 715,
     "program.md": 120,
     "README.md": 150,
 }

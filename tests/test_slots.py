@@ -1,0 +1,158 @@
+"""Slots that are never idle: the next idea while one is trained, and several runs at a time.
+
+A stand-in for the referee measures nothing and takes a moment.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import Checkout, Fault, proposal
+from test_faults import STAND_IN, idea, one_error, sharpness, stand_in
+
+ALL = (0.6, 0.65, 0.7, 0.45, 0.75, 0.8, 0.62, 0.85)
+
+
+@pytest.fixture
+def slow(tmp_path, cache):
+    """A checkout with the stand-in for a referee, which takes a second."""
+    checkout = Checkout(tmp_path / "checkout", cache)
+    stand_in(checkout, 1.0)
+    return checkout
+
+
+def facts(checkout, number):
+    """Trailers of an experiment's commit."""
+    text = checkout.git("log", "-1", "--format=%B", f"refs/autoresearch/t/{number}")
+    lines = (line.partition(": ") for line in text.split("\n\n")[-1].splitlines())
+    return {name: json.loads(value) for name, _, value in lines}
+
+
+def assert_each_keep_sits_on_what_it_was_measured_against(checkout):
+    """In the order of verdicts: the parent of a keep is the keep before it."""
+    refs = checkout.refs() + checkout.refs("refs/autoresearch-measure/t/0")
+    told = sorted((facts_of(checkout, ref), ref) for ref in refs)
+    tip = checkout.git("rev-parse", "main")
+    for (_, status), ref in told[1:]:
+        commit, parent = checkout.git("rev-parse", ref, f"{ref}^").split()
+        if status == "keep":
+            assert parent == tip, ref
+            tip = commit
+    assert tip == checkout.git("rev-parse", "autoresearch/t")
+    assert checkout.git("fsck", "--no-dangling") == ""
+    numbers = [row["experiment"] for row in checkout.rows()]
+    assert len(set(numbers)) == len(numbers)
+
+
+def facts_of(checkout, ref):
+    text = checkout.git("log", "-1", "--format=%(trailers:key=Order)%(trailers:key=Status)", ref)
+    order, status = (line.partition(": ")[2] for line in text.split("\n") if line)
+    return int(order), json.loads(status)
+
+
+@pytest.mark.slow
+def test_the_next_idea_is_had_while_one_is_trained_and_put_on_what_was_kept(slow, api):
+    passes = proposal("PASSES = 4", "PASSES = 7", "more passes")
+    server = api(idea(0.6), passes, idea(0.7))
+    done = slow.agent("--experiments", "2", "--tag", "t", env=server.env)
+    assert done.returncode == 0, done.stderr
+    told = server.requests[1]["messages"][0]["content"][-1]["text"]
+    assert "Under way" in told and "1. to 0.6" in told
+    source = slow.git("show", "refs/autoresearch/t/2:train.py")
+    assert "SHARPNESS = 0.6" in source and "PASSES = 7" in source
+    assert facts(slow, 1)["Saw"] == facts(slow, 2)["Saw"] == 1  # the baseline's verdict
+    assert len(server.requests) == 2
+    assert_each_keep_sits_on_what_it_was_measured_against(slow)
+
+
+@pytest.mark.slow
+def test_an_idea_that_fits_no_more_is_dropped_and_the_next_one_pays_for_it(slow, api):
+    server = api(idea(0.6), idea(0.7), proposal("PASSES = 4", "PASSES = 7", "more passes"))
+    done = slow.agent("--experiments", "2", "--tag", "t", env=server.env)
+    assert done.returncode == 0 and "to 0.7: dropped, The SEARCH" in done.stderr, done.stderr
+    rows = slow.rows()
+    assert [row["description"] for row in rows[1:]] == ["to 0.6", "more passes"]
+    spent = json.loads((slow.folder / "runs/t/spent.json").read_text())["cost_usd"]
+    assert sum(float(row["cost_usd"]) for row in rows[1:]) == pytest.approx(spent, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_what_is_running_is_finished_before_a_refused_key_ends_the_night(slow, api):
+    error = {"type": "error", "error": {"type": "authentication_error", "message": "bad key"}}
+    server = api(idea(0.6), Fault(401, json.dumps(error)))
+    done = slow.agent("--experiments", "5", "--tag", "t", env=server.env)
+    assert done.returncode == 1 and "bad key" in one_error(done)
+    assert [row["description"] for row in slow.rows()] == ["baseline", "to 0.6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_slots_end_in_one_history_in_which_no_keep_was_measured_on_another_base(slow, slots):
+    patches = sharpness(slow, *ALL)
+    done = slow.agent("--tag", "t", "--slots", slots, "--patches", *patches)
+    assert done.returncode == 0, done.stderr
+    rows = slow.rows()
+    assert sorted(int(row["experiment"]) for row in rows) == list(range(len(ALL) + 1))
+    best = min(float(row["val_bpb"]) for row in rows)
+    assert f"→ {best:.6f}" in done.stderr
+    assert_each_keep_sits_on_what_it_was_measured_against(slow)
+    assert ("once more, on top of the new best" in done.stderr) == (slots > 1)
+
+
+@pytest.mark.slow
+def test_two_slots_that_are_killed_lose_nothing_and_double_nothing(slow):
+    choose, patches = random.Random(1), sharpness(slow, *ALL)
+    command = [sys.executable, "agent.py", "--tag", "t", "--slots", "2", "--patches", *patches]
+    for _ in range(8):
+        started = subprocess.Popen(
+            command, cwd=slow.folder, env=slow.env, stderr=subprocess.DEVNULL
+        )
+        time.sleep(choose.uniform(1.0, 5.0))
+        started.kill()
+        started.wait()
+    done = slow.agent(*command[2:])
+    assert done.returncode == 0, done.stderr
+    assert sorted(int(row["experiment"]) for row in slow.rows()) == list(range(len(ALL) + 1))
+    assert_each_keep_sits_on_what_it_was_measured_against(slow)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_slots(slow):
+    stand_in(slow, 30.0)
+    path = slow.folder / "referee.py"
+    path.write_text(path.read_text().replace("sleep(30.0)", "sleep(30 * (value != 0.5))"))
+    path.write_text(path.read_text().replace('open(f"', 'value = float(re.search(r"SHARPNESS = (.*)'
+                                             '", source)[1])\nopen(f"', 1))  # fmt: skip
+    slow.commit_all()
+    started = subprocess.Popen(
+        [sys.executable, "agent.py", "--tag", "t", "--slots", "2", "--patches",
+         *map(str, sharpness(slow, 0.6, 0.7))], cwd=slow.folder, env=slow.env,
+        stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    while not all((slow.folder / f"runs/t/{n}/run.log").exists() for n in (1, 2)):
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=30)[1]
+    assert started.returncode == 130 and "goes on from here" in said, said
+    left = subprocess.run(["pgrep", "-f", str(slow.folder)], capture_output=True)
+    assert not left.stdout
+
+
+def test_slots_that_cannot_be_are_refused(slow):
+    stand_in(slow, 0.0)
+    done = slow.agent("--gpus", "7")
+    assert done.returncode == 1 and "--gpus" in one_error(done)
+    path = slow.folder / "referee.py"
+    hungry = STAND_IN.replace("STEP", "0.0").replace(
+        'path = f"', 'result["peak_vram_mb"] = 1e9\npath = f"'
+    )
+    path.write_text(hungry)
+    slow.commit_all()
+    done = slow.agent("--slots", "2", "--tag", "t")
+    assert done.returncode == 1 and "2 slots of" in one_error(done)
+    assert not (slow.folder / "results.tsv").exists()
