@@ -24,14 +24,16 @@ import argparse
 import json
 import math
 import re
+import select
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ from researcher import (
     choose_proposer,
     complete,
 )
-from warden import DISK_IS_FULL, PASSED_ON
+from warden import DISK_IS_FULL, MEMORY_SHARE, PASSED_ON, memory_available
 
 sys.pycache_prefix = None
 
@@ -98,6 +100,9 @@ START_OVERTIME = 60.0  # the same to the first batch: an edit may be the first t
 ANSWERS_SHARE = 3.0  # times the baseline's seconds, for a run's answers
 REPEATS = 3  # of disturbed runs, in one experiment
 CRASHES = 3  # in a row, then the best is run again, to see whose fault they are
+SCREEN_TOKENS, SCREEN_SECONDS = 8192, 300.0  # two steps of the first train.py
+NEEDS_GPU = re.compile("cuda|triton|nvidia|gpu", re.IGNORECASE)
+STANDBY_GB = 0.7  # of the referee and of what waits in the cage, both with torch
 SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, then it is said
 
 
@@ -106,17 +111,28 @@ SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, the
 # ---------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class Slot:
+    """Where one run at a time can be: a GPU, or some cores; with a referee that is ready for it."""
+
+    gpu: str = ""  # as CUDA_VISIBLE_DEVICES takes it; "" is any, or none
+    cores: frozenset[int] = frozenset()  # none are all
+    warm: Referee | None = None
+
+
 @dataclass
 class Task:
-    """What a slot does: all runs of an idea, the baseline's, or one of the best or of a commit."""
+    """What a slot does: all runs of an idea, or one of the baseline, the best or a commit."""
 
-    kind: str  # baseline, best, commit or idea
+    kind: str  # baseline (one run of it), best, commit or idea
     done: Experiment
     source: str
     base: Experiment | None = None  # the best that it is measured against
     proposal: Proposal | None = None  # of a commit or an idea
     commit: str = ""  # that holds the source, where it is no idea
-    slot: str = ""  # the GPU; "" is any, or none
+    slot: Slot = field(default_factory=lambda: Slot())
+    count: int = 0  # of the baseline's runs, this one
+    result: dict[str, Any] = field(default_factory=dict)  # of it
 
 
 def train_once(
@@ -156,27 +172,34 @@ def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -
     """Have the referee write result.json; returns its last words."""
     folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
     path, running = folder / f"result{suffix}.json", folder / "running.json"
-    limit = run_timeout(run)
-    with tempfile.TemporaryFile() as stderr:
-        referee = start_referee(run, task, count, hidden_below, stderr)
-        try:
-            facts = json.dumps({"pid": referee.pid, "started": process_start(referee.pid)})
-            patiently(write_atomic, running, [facts.encode()])
-            silence = watch(run, referee, label, folder / f"run{suffix}.log", limit + 3600)
-            late = referee.poll() is None
-        finally:
-            stop(referee)
-            running.unlink(missing_ok=True)
-        if late:
-            result = {"status": "crash", "reason": "timeout: no result", "total_seconds": limit}
-        else:
-            result = read_json(path)
-        if result:
-            text = json.dumps(result | {"silence_seconds": silence}, indent=1)
-            patiently(write_atomic, path, [text.encode()])
-        stderr.seek(0)
-        said = stderr.read().decode("utf-8", errors="replace")
-        return said or f"exit status {referee.returncode}"
+    slot, limit = task.slot, run_timeout(run)
+    if not slot.warm or slot.warm.process.poll() is not None:
+        make_ready(run, slot, folder / "train.py")
+    referee, slot.warm = slot.warm, None
+
+    def trained() -> None:  # what it compiled is there for the next one, but for the first run's
+        if run.history or compiled(run).exists():
+            make_ready(run, slot, folder / "train.py")
+
+    try:
+        pid = referee.process.pid
+        facts = json.dumps({"pid": pid, "started": process_start(pid)})
+        patiently(write_atomic, running, [facts.encode()])
+        referee.begin(words_of(run, task, count, hidden_below))
+        log = folder / f"run{suffix}.log"
+        silence = watch(run, referee, label, log, limit + 3600, trained)
+        late = referee.process.poll() is None
+    finally:
+        said = referee.stop()
+        running.unlink(missing_ok=True)
+    if late:
+        result = {"status": "crash", "reason": "timeout: no result", "total_seconds": limit}
+    else:
+        result = read_json(path)
+    if result:
+        text = json.dumps(result | {"silence_seconds": silence}, indent=1)
+        patiently(write_atomic, path, [text.encode()])
+    return said
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,37 +211,127 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def start_referee(
-    run: Run, task: Task, count: int, hidden_below: float, stderr: Any
-) -> subprocess.Popen[bytes]:
-    """The process that measures one run, within limits that follow from the baseline."""
+class Referee:
+    """A process that has loaded all that a run needs, and waits for the words that say which."""
+
+    def __init__(self, words: list[object], environment: dict[str, str], cores: frozenset[int]):
+        self.stderr = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            trusted_command("referee.py", *words), env=trusted_environment() | environment,
+            start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
+        )
+        with suppress(ProcessLookupError):
+            if cores:  # before it starts a thread or a process
+                os.sched_setaffinity(self.process.pid, cores)
+
+    def begin(self, words: list[object]) -> None:
+        with suppress(BrokenPipeError):  # it has died, and its last words say why
+            self.process.stdin.write(json.dumps(list(map(str, words))).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def has_trained(self, seconds: float) -> bool:
+        """Whether it says so within that time."""
+        out = self.process.stdout.fileno()
+        return bool(select.select([out], [], [], seconds)[0] and os.read(out, 4096))
+
+    def stop(self) -> str:
+        """Close its stdin, which tells it to end the run and leave; its last words."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process.stdout.close()
+        with self.stderr as stderr:
+            stderr.seek(0)
+            said = stderr.read().decode("utf-8", errors="replace")
+        return said or f"exit status {self.process.returncode}"
+
+
+def compiled(run: Run) -> Path:
+    """What the baseline compiled, a person's code: every run has a copy, and none hands on its."""
+    return run.folder(0).parent / "compile"
+
+
+def make_ready(run: Run, slot: Slot, like: Path) -> None:
+    """Start a referee for the slot's next run, whose train.py is most probably much like this."""
+    standby = run.folder(0).parent / "standby"
+    standby.mkdir(parents=True, exist_ok=True)
+    environment = {"AUTORESEARCH_ROWS": run.scale["rows"], "AUTORESEARCH_SCALE": run.scale["name"]}
+    environment |= {"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu else {}
+    words = [standby, "--wait", like, *means_of(run)]
+    slot.warm = Referee(words, environment, slot.cores)
+
+
+def means_of(run: Run) -> list[object]:
+    fill = [] if run.history else ["--fill-cache"]
+    words = ["--means", run.scale["means"], "--cache", compiled(run), *fill]
+    return [*words, "--memory", run.scale["memory_gb"]]
+
+
+def try_out(run: Run, source: str) -> tuple[str, float]:
+    """(what fails, GB at most) in two steps of a train.py on the CPU, at the scale `cpu`."""
+    folder = Path(tempfile.mkdtemp(prefix="screen-", dir=run.folder(0).parent))
+    environment = {"AUTORESEARCH_SCALE": "cpu", "AUTORESEARCH_ROWS": run.tiny["rows"],
+                   "AUTORESEARCH_BUDGET_TOKENS": str(SCREEN_TOKENS), "CUDA_VISIBLE_DEVICES": ""}
+    if run.scale["name"] != "cpu":  # its constants and shapes, without memory for them
+        environment["AUTORESEARCH_IMPORT"] = run.scale["name"]
+    words = [folder, "--screen", "--timeout", SCREEN_SECONDS, "--means", run.scale["means"]]
+    try:
+        (folder / "train.py").write_bytes(source.encode())
+        referee = Referee(words, environment, frozenset())
+        os.setpriority(os.PRIO_PGRP, referee.process.pid, 19)  # what is training goes first
+        while referee.process.poll() is None and not STOP.wait(0.1):
+            continue
+        referee.stop()
+        result, log = read_json(folder / "result.json"), folder / "run.log"
+        tail = log.read_text(encoding="utf-8", errors="replace")[-1500:] if log.exists() else ""
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if result.get("status") == "ok":
+        return "", result["peak_vram_mb"] / 1024
+    return (f"{result['reason']}\n{tail}" if result else ""), 0.0
+
+
+def screen(run: Run, source: str) -> str:
+    """Why a train.py is not worth a run, "" if it may be: it fails at once, and the best does not.
+    """
+    said = try_out(run, source)[0]
+    if not said or (run.scale["name"] != "cpu" and NEEDS_GPU.search(said)):
+        return ""
+    best = run.best()
+    if best.commit not in run.screened:
+        run.screened[best.commit] = try_out(run, run.source_of(best))[0]
+        if run.screened[best.commit]:
+            say("ideas are not tried out before their run: the best fails at the scale cpu too")
+    return "" if run.screened[best.commit] else said
+
+
+def words_of(run: Run, task: Task, count: int, hidden_below: float) -> list[object]:
+    """The referee's command line for one run, with limits that follow from the baseline."""
     number = task.done.number
-    scale = {"AUTORESEARCH_ROWS": run.scale["rows"], "AUTORESEARCH_SCALE": run.scale["name"]}
-    scale |= {"CUDA_VISIBLE_DEVICES": task.slot} if task.slot else {}
     words = [run.folder(number), "--run", count, "--seed", run.seed(number, count)]
     words += ["--timeout", run_timeout(run), "--hidden-below", hidden_below]
-    words += ["--manifest", run.scale["manifest"], "--means", run.scale["means"]]
-    # What the baseline compiled, a person's code, every run starts from; none hands on its own.
-    words += ["--cache", run.folder(0).parent / "compile"]
+    words += ["--manifest", run.scale["manifest"], *means_of(run)]
     if run.history:
         words += ["--start-limit", run.history[0].start_seconds + START_OVERTIME]
         words += ["--answers-limit", ANSWERS_SHARE * run.history[0].answers_seconds]
-    else:
-        words += ["--fill-cache"]
-    return subprocess.Popen(
-        trusted_command("referee.py", *words), env=trusted_environment() | scale,
-        start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr,
-    )
+    return words
 
 
-def watch(run: Run, referee: subprocess.Popen[bytes], label: str, log: Path, limit: float) -> float:
+def watch(
+    run: Run, referee: Referee, label: str, log: Path, limit: float, trained: Callable[[], None]
+) -> float:
     """Wait for the referee's end, at most `limit` seconds; the longest time without a log line."""
     started = heard = time.monotonic()
     usual = run.history[0].silence_seconds if run.history else math.inf
     size, longest, said = -1, 0.0, False
     with doing(label) as show:
-        while referee.poll() is None and (now := time.monotonic()) < started + limit:
+        while referee.process.poll() is None and (now := time.monotonic()) < started + limit:
             if STOP.is_set():
                 raise KeyboardInterrupt
             show(f"{label} · {now - started:.0f} s · {last_line(log)}")
@@ -229,7 +342,8 @@ def watch(run: Run, referee: subprocess.Popen[bytes], label: str, log: Path, lim
                 said = True
                 say(f"no output for {now - heard:.0f} s, the baseline's longest was {usual:.0f} s: "
                     f"{label}")
-            time.sleep(0.1)
+            if referee.has_trained(0.1):
+                trained()
     return longest
 
 
@@ -259,17 +373,6 @@ def last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 400))
         tail = file.read(400).decode("utf-8", errors="replace").strip()
     return one_line(tail.rpartition("\n")[2] or "starting", 60)
-
-
-def stop(referee: subprocess.Popen[bytes]) -> None:
-    """Close its stdin, which tells it to end the run and leave."""
-    referee.stdin.close()
-    try:
-        referee.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        with suppress(ProcessLookupError):
-            os.killpg(referee.pid, signal.SIGKILL)
-        referee.wait()
 
 
 def run_timeout(run: Run) -> float:
@@ -346,29 +449,33 @@ def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.in
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
         count = 1 + sum(e.runs + e.disturbed for e in [*run.of(done.number), done])
-        result = train_once(run, task, count, label, hidden_below)
-        if result.get("disturbed"):
-            done.reason, done.disturbed = result["disturbed"], done.disturbed + 1
-            done.seconds += result["total_seconds"]
-            say(f"disturbed: {done.reason}: {label}")
-            continue
-        add_run(done, result)
+        add_result(run, done, train_once(run, task, count, label, hidden_below), label)
         if done.status == "crash":
             return True
-        known = [speed for e in [*run.of(done.number), done] for speed in e.speeds]
-        slow = [n for n, speed in enumerate(done.speeds) if speed < (1 - SLOWER) * max(known)]
-        for n in reversed(slow):
-            share = 100 * (1 - done.speeds[n] / max(known))
-            done.reason = f"{share:.0f} % fewer tokens/s than the same code had"
-            say(f"disturbed: {done.reason}: {label}")
-            done.runs, done.disturbed = done.runs - 1, done.disturbed + 1
-            for each in (done.values, done.speeds, done.hidden):
-                del each[n]
         if len(done.values) == wanted:
             done.reason = ""
             return True
     done.reason = f"disturbed: {done.reason}"
     return False
+
+
+def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -> None:
+    """Add a run to an experiment; what was disturbed is set aside, this run or an older one."""
+    if result.get("disturbed"):
+        done.reason, done.disturbed = result["disturbed"], done.disturbed + 1
+        done.seconds += result["total_seconds"]
+        say(f"disturbed: {done.reason}: {label}")
+        return
+    add_run(done, result)
+    known = [speed for e in [*run.of(done.number), done] for speed in e.speeds]
+    slow = [n for n, speed in enumerate(done.speeds) if speed < (1 - SLOWER) * max(known)]
+    for n in reversed(slow if done.status != "crash" else []):
+        share = 100 * (1 - done.speeds[n] / max(known))
+        done.reason = f"{share:.0f} % fewer tokens/s than the same code had"
+        say(f"disturbed: {done.reason}: {label}")
+        done.runs, done.disturbed = done.runs - 1, done.disturbed + 1
+        for each in (done.values, done.speeds, done.hidden):
+            del each[n]
 
 
 def hidden_gain(run: Run, task: Task) -> float | None:
@@ -460,20 +567,8 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
 
 
 def run_baseline(run: Run, task: Task) -> None:
-    """Measure train.py untouched, several times; it becomes experiment 0."""
-    done = task.done
-    for count in range(1, BASELINE_RUNS + 1):
-        fair = train_fairly(run, task, f"baseline, run {count} of {BASELINE_RUNS}")
-        if done.status == "crash":
-            (run.folder(0) / "proposal.json").unlink()  # or the failure would be found again
-            log = run.folder(0).relative_to(ROOT) / f"run{f'-{count}' if count > 1 else ''}.log"
-            raise SetupError(f"the baseline fails: {done.reason}", f"tail {log}")
-        if not done.values:
-            raise SetupError(f"the baseline is {done.reason}", "nvidia-smi")
-        if not fair:
-            say("the machine is too uneven for a third run; going on with what there is")
-            break
-        say(f"baseline, run {count} of {BASELINE_RUNS}: val_bpb {done.values[-1]:.6f}")
+    """Run train.py untouched once."""
+    task.result = train_once(run, task, task.count, task.done.description)
 
 
 def run_best(run: Run, task: Task) -> None:
@@ -487,7 +582,7 @@ def run_best(run: Run, task: Task) -> None:
         done.status = "measure"
 
 
-def check_machine(run: Run, slot: str) -> None:
+def check_machine(run: Run, slot: Slot) -> None:
     """Raise SetupError if the baseline, which worked once, now fails too."""
     first = run.history[0]
     task = Task("baseline", Experiment(0, "baseline"), run.source_of(first), slot=slot)
@@ -542,10 +637,11 @@ def check_checkout() -> None:
         raise SetupError("less than 1 GB of disk is free", "df -h .")
 
 
-def describe_machine(corpus: str | None) -> dict[str, Any]:
+def describe_machine(corpus: str | None, scale: str = "") -> dict[str, Any]:
     """What prepare.py says of machine, scale and rows; it prepares missing rows first."""
     command = trusted_command("prepare.py", *(["--corpus", corpus] if corpus else []))
-    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    environment = os.environ | ({"AUTORESEARCH_SCALE": scale} if scale else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     if done.returncode < 0:
         raise SetupError(f"prepare.py was ended by signal {-done.returncode}", "dmesg | tail")
     if done.returncode:  # it has said why
@@ -597,8 +693,8 @@ def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
     return run
 
 
-def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[str]:
-    """The GPU of each slot, as CUDA_VISIBLE_DEVICES takes it; "" where there is none.
+def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[Slot]:
+    """One slot per GPU or, without one, per two cores; `--slots` and `--gpus` say otherwise.
 
     Their kind is the scale's device. Raises SetupError for a GPU that is not there or differs.
     """
@@ -606,7 +702,10 @@ def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[str]:
     if not gpus:
         if args.gpus:
             raise SetupError("--gpus: this machine shows none", "nvidia-smi -L")
-        return [""] * (args.slots or 1)  # more disturb each other, and the baseline ran alone
+        cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+        n = args.slots or max(1, len(cores) // 2)
+        scale["device"] += f", {n} runs at a time" if n > 1 else ""  # they share caches and memory
+        return [Slot(cores=frozenset(cores[k::n] or cores[k % len(cores) :][:1])) for k in range(n)]
     wanted = args.gpus or list(range(len(gpus)))[: args.slots or None]
     for index in wanted:
         if index >= len(gpus):
@@ -615,18 +714,19 @@ def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[str]:
         said = f"GPUs of one kind can be compared only: {', '.join(sorted(names))}"
         raise SetupError(said, "python agent.py --gpus 0")
     scale["device"] = names.pop()
-    return [gpus[index][0] for index in dict.fromkeys(wanted)]
+    return [Slot(gpus[index][0]) for index in dict.fromkeys(wanted)]
 
 
-def check_memory(baseline: Experiment, slots: list[str]) -> None:
-    """Raise SetupError if slots without a GPU of their own would not fit into memory together."""
-    if "" in slots and sys.platform == "linux":
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        most = int(there / max(baseline.memory_gb, 1e-3))
-        if len(slots) > max(1, most):
-            said = f"{len(slots)} slots of {baseline.memory_gb:.1f} GB each, the baseline's peak"
-            hint = f"python agent.py --slots {max(1, most)}"
-            raise SetupError(f"{said}: the machine has {there:.1f} GB", hint)
+def check_memory(run: Run, slots: list[Slot]) -> None:
+    """Raise SetupError if runs without a GPU of their own would not fit into memory together."""
+    if len(slots) > 1 and not slots[0].gpu:
+        peak = run.history[0].memory_gb if run.history else try_out(run, read_train(run.start))[1]
+        there = MEMORY_SHARE * memory_available() / 2**30
+        most = max(1, int(there / (peak + STANDBY_GB)))
+        if len(slots) > most:
+            said = f"{len(slots)} runs at a time of {peak:.1f} GB each, and what stands by for them"
+            hint = f"python agent.py --slots {most}"
+            raise SetupError(f"{said}: the machine has {there:.1f} GB for it", hint)
 
 
 def commit_on_branch(run: Run) -> str | None:
@@ -653,6 +753,7 @@ class Night:
         self.waiting: list[Proposal] = []
         self.thinking: Future[Proposal | None] | None = None
         self.end: SetupError | str = ""  # why there will be no more proposals
+        self.baseline = Experiment(0, "baseline", status="keep")
 
     def work(self) -> None:
         """Until a limit is reached or nothing is left to propose."""
@@ -664,8 +765,6 @@ class Night:
         for name, value in self.run.billed.items():
             if self.run.spent[name] < value:  # spent.json is lost
                 self.run.spent[name] = value
-        if self.run.history:
-            check_memory(self.run.history[0], self.args.slots)
         try:
             with status_line():
                 while self.fill_slots():
@@ -679,6 +778,9 @@ class Night:
         finally:
             STOP.set()
             wait([*self.tasks, *([self.thinking] if self.thinking else [])], 30)
+            for slot in self.args.slots:
+                if slot.warm:
+                    slot.warm.stop()
         if isinstance(self.end, SetupError):
             raise self.end
         commit_on_branch(self.run)
@@ -718,12 +820,8 @@ class Night:
     def next_task(self) -> Task | None:
         """What a free slot does, if there is anything."""
         run = self.run
-        if not run.history and self.tasks:
-            return None
         if not run.history:
-            patiently(lay_out, run, 0, {"description": "baseline"})
-            done = Experiment(0, "baseline", status="keep")
-            return Task("baseline", done, read_train(run.start), commit=run.start)
+            return self.next_of_baseline()
         under_way = {task.kind for task in self.tasks.values()}
         if "commit" in under_way:  # it will be the best, whatever it scores
             return None
@@ -741,6 +839,39 @@ class Night:
             if task := self.take_up(self.waiting.pop(0)):
                 return task
         return None
+
+    def next_of_baseline(self) -> Task | None:
+        """One more run of train.py as it is, the same number of them on every slot."""
+        run, done, slots = self.run, self.baseline, len(self.args.slots)
+        wanted = slots * math.ceil(BASELINE_RUNS / slots)
+        count = 1 + done.runs + done.disturbed + len(self.tasks)
+        if len(done.values) + len(self.tasks) >= wanted or count > wanted + REPEATS:
+            return None
+        if count == 1:
+            patiently(lay_out, run, 0, {"description": "baseline"})
+        again = ", once more" if count > wanted else ""
+        part = Experiment(0, f"baseline, run {min(count, wanted)} of {wanted}{again}")
+        return Task("baseline", part, read_train(run.start), commit=run.start, count=count)
+
+    def settle_baseline(self, task: Task) -> None:
+        """Add one of its runs; the last one makes it experiment 0."""
+        run, done, label = self.run, self.baseline, task.done.description
+        add_result(run, done, task.result, label)
+        if done.status == "crash":
+            (run.folder(0) / "proposal.json").unlink(missing_ok=True)  # or it would be found again
+            log = f"run{f'-{task.count}' if task.count > 1 else ''}.log"
+            log = str((run.folder(0) / log).relative_to(ROOT))
+            raise SetupError(f"the baseline fails: {done.reason}", f"tail {log}")
+        if task.result["status"] == "ok":
+            say(f"{label}: val_bpb {task.result['val_bpb']:.6f}")
+        if self.tasks or self.next_of_baseline():
+            return
+        if not done.values:
+            raise SetupError(f"the baseline is disturbed: {done.reason}", "nvidia-smi")
+        if len(done.values) < BASELINE_RUNS:
+            say("the machine is too uneven for a third run; going on with what there is")
+        done.reason = ""
+        record(run, done, None, task.commit)
 
     def take_up(self, proposal: Proposal) -> Task | None:
         """A proposal on top of the best of now; None if it does not fit there."""
@@ -781,8 +912,8 @@ class Night:
         future.result()
         done = task.done
         if task.kind == "baseline":
-            check_memory(done, self.args.slots)
-        if task.kind != "idea":
+            self.settle_baseline(task)
+        elif task.kind != "idea":
             record(run, done, None, task.commit)
         else:
             moved = task.base.commit != run.best().commit or bool(commit_on_branch(run))
@@ -832,15 +963,16 @@ def night(args: argparse.Namespace) -> None:
         raise SetupError(said, "python agent.py --tag a1")
     if args.corpus:
         corpus_files(args.corpus)
-    propose, line = choose_proposer(args)
+    propose, line = choose_proposer(args, screen)
     caps = {"experiments": args.experiments, "hours": args.hours, "US dollars": args.usd}
     limits = [f"after {cap:g} {unit}" for unit, cap in caps.items() if cap is not None]
     say(f"{line}; stops " + (" or ".join(limits) or "when you say so"))
     scale = describe_machine(args.corpus)
     args.slots = choose_slots(args, scale)
     run = find_run(args.tag, scale)
-    for gpu in filter(None, args.slots):
-        lock(Path(run.scale["rows"]).parent / f"{gpu}.lock", f"the GPU {gpu}")
+    for slot in args.slots:
+        if slot.gpu:
+            lock(Path(run.scale["rows"]).parent / f"{slot.gpu}.lock", f"the GPU {slot.gpu}")
     keep_log(run.folder(0).parent)
     run.read_spent()
     if args.usd is not None and math.isnan(run.spent["cost_usd"]):
@@ -848,6 +980,12 @@ def night(args: argparse.Namespace) -> None:
         raise SetupError(said, "python agent.py --tag NAME, a run of its own")
     end_leftover(run)
     run.scale["means"] = confine(args.unconfined)
+    there = MEMORY_SHARE * memory_available() / 2**30  # to be shared by all that run at a time
+    scale["memory_gb"] = there / len(args.slots) if len(args.slots) > 1 else math.inf
+    run.tiny = scale
+    if scale["name"] != "cpu" and getattr(propose, "ahead", False):
+        run.tiny = describe_machine(None, "cpu")
+    check_memory(run, args.slots)
     show_start(run)
     if run.history:
         say(f"going on after experiment {len(run.experiments())}")
@@ -881,6 +1019,8 @@ def end_leftover(run: Run) -> None:
     while time.monotonic() < deadline:
         own = [link for link in Path("/proc").glob("[0-9]*/cwd") if lives_in(link, folder)]
         if not own:
+            for litter in (folder / "standby", *folder.glob("screen-*")):
+                shutil.rmtree(litter, ignore_errors=True)
             return
         time.sleep(0.1)
     pids = ", ".join(link.parent.name for link in own)

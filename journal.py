@@ -341,6 +341,8 @@ class Run:
     billed: Counter[str] = field(default_factory=Counter)  # of it, to proposals that stay
     running: list[Any] = field(default_factory=list)  # proposals under way or waiting
     sources: dict[str, str] = field(default_factory=dict)  # train.py by commit
+    screened: dict[str, str] = field(default_factory=dict)  # what fails in two steps of a best
+    tiny: dict[str, Any] = field(default_factory=dict)  # the scale cpu, to try ideas out
 
     def settings(self) -> str:
         return "{name} {budget:g} {clock} {manifest} {referee} {device}".format(**self.scale)

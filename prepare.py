@@ -26,6 +26,7 @@ import py_compile
 import random
 import re
 import resource
+import runpy
 import shutil
 import socket
 import struct
@@ -34,6 +35,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # heavy: imported where used, so that agent.py may import this file
@@ -55,7 +57,8 @@ TOKENIZER_CHARS = 250_000_000  # of training text that the BPE sees, at most
 DOCUMENT_CHARS = 5_000  # a longer text file is cut at a line end: splits are by document
 PACK_SLACK = 64  # rows' worth of tokens that best-fit packing chooses from
 QUERY_BYTES = 2**28  # float32 logits asked for in one query, at most
-START, READY = b"\xff" * 4, b"\0" * 4  # frames that say: give me the rows, and: trained, ask me
+# Frames that say: I have loaded, give me train.py; give me the rows; it is trained, ask me.
+WARM, START, READY = b"\xfe" * 4, b"\xff" * 4, b"\0" * 4
 # What train.py claims of itself: recorded, never judged. Crosses as float64 in this order.
 CLAIMS = ("peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps", "num_params_M", "depth")
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
@@ -503,6 +506,36 @@ def referee_link() -> socket.socket | None:
     """The socket to the referee that started this process, if one did."""
     descriptors = os.environ.get("AUTORESEARCH_REFEREE")
     return socket.socket(fileno=int(descriptors.split(",")[0])) if descriptors else None
+
+
+def await_train(main: dict[str, Any]) -> CodeType:
+    """In the cage: load what every run needs, then wait for train.py; its code, to run as `main`.
+
+    AUTORESEARCH_COLD: load nothing, since train.py says first how it is to be loaded.
+    AUTORESEARCH_IMPORT: a scale at which the model is to be built first, without memory for it.
+    """
+    if not os.environ.get("AUTORESEARCH_COLD"):
+        import torch._dynamo  # which optimizers and torch.compile load
+
+        if torch.cuda.is_available():
+            import torch._inductor.compile_fx
+
+            torch.zeros(1, device="cuda")
+    link = referee_link()
+    link.sendall(WARM)
+    seed, size = struct.unpack("<IQ", link.recv(12, socket.MSG_WAITALL))
+    path, source = Path("train.py").absolute(), link.recv(size, socket.MSG_WAITALL)
+    path.write_bytes(source)
+    os.environ["AUTORESEARCH_SEED"], sys.argv = str(seed), [str(path)]
+    if name := os.environ.get("AUTORESEARCH_IMPORT"):
+        import torch
+
+        tiny, os.environ["AUTORESEARCH_SCALE"] = os.environ["AUTORESEARCH_SCALE"], name
+        with torch.device("meta"):
+            runpy.run_path(str(path)).get("build_model", int)()
+        os.environ["AUTORESEARCH_SCALE"] = tiny
+    main |= {"__file__": str(path)}
+    return compile(source, str(path), "exec")
 
 
 def cpu_seconds() -> float:

@@ -1,7 +1,8 @@
 """The referee: trains one train.py in the cage, scores it from outside, probes what it says.
 
-    python referee.py runs/mine                 # runs/mine/train.py; writes result.json
+    python referee.py runs/mine                   # runs/mine/train.py; writes result.json
     python referee.py runs/mine --seed 7 --run 2
+    python referee.py runs/standby --wait < words # loads all now, takes its words when they come
 
 Clock, targets and arithmetic are in this process, which train.py reaches by a socket and a piece of
 shared memory only: token rows go in, logits come out. agent.py starts it once per run.
@@ -10,6 +11,7 @@ shared memory only: token rows go in, logits come out. agent.py starts it once p
 from __future__ import annotations
 
 import argparse
+import ast
 import fcntl
 import json
 import math
@@ -56,6 +58,10 @@ SEND_FILE = "import os, socket, sys; socket.send_fds(socket.socket(fileno=0), [b
     "[os.open(sys.argv[1], os.O_RDONLY)])"
 )
 GPU_POLL_SECONDS, GPU_SHARE = 5.0, 0.1
+BOOT = "exec(__import__('prepare').await_train(globals()))"
+WARM_SECONDS = 600.0  # to load torch and open the device, on a machine that is very busy
+# What the libraries read when they are loaded or open the device.
+EARLY = re.compile("(OMP|KMP|GOMP|MKL|OPENBLAS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NVIDIA)_.*")
 THROTTLED = 0x8 | 0x20 | 0x40 | 0x80  # NVML's bits for heat and power brakes; a power cap is usual
 PEEKING_NATS, SAME_NATS = 2e-3, 2e-2  # tolerated; honest models differ by exactly 0 on a CPU
 
@@ -168,6 +174,10 @@ class Gpu:
         self.ended = threading.Event()
 
     def start(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            self.id = [f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"]
         if shutil.which("nvidia-smi"):
             threading.Thread(target=self.watch, daemon=True).start()
 
@@ -237,11 +247,13 @@ class Confined:
     """One run of train.py in the warden's cage, reached by a socket and shared memory only."""
 
     def __init__(
-        self, folder: Path, log: Path, scale: Scale, rows: Path, seed: int, more: list[str]
+        self, folder: Path, scale: Scale, rows: Path, early: dict[str, str] | None, more: list[str]
     ):
-        self.log, self.started = log, time.monotonic()
+        """Start the process in `folder`, to await train.py, loaded as far as `early` allows."""
+        self.log, self.started, self.early = folder / f"{os.getpid()}.log", time.monotonic(), early
         self.clock = self.cpu_seconds if scale.clock == "cpu" else self.wall_seconds
         self.deadline = self.limit = self.slack = math.inf
+        self.before = 0.0  # CPU seconds, until train.py came
         self.taken: list[float] = []  # seconds, by each answer
         memory = shared_memory()
         self.claims, self.tokens, self.logits = prepare.exchange(memory, scale)
@@ -249,12 +261,12 @@ class Confined:
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self.link, theirs = socket.socketpair()
         facts = {"AUTORESEARCH_SCALE": scale.name, "AUTORESEARCH_ROWS": rows,
-                 "AUTORESEARCH_SEED": seed, "PYTHONUNBUFFERED": 1,
-                 "AUTORESEARCH_REFEREE": f"{theirs.fileno()},{memory}"}
+                 "AUTORESEARCH_COLD": "" if early is not None else 1, "PYTHONUNBUFFERED": 1,
+                 "AUTORESEARCH_REFEREE": f"{theirs.fileno()},{memory}"} | (early or {})
         environment = [word for fact in facts.items() for word in ("--env", "{}={}".format(*fact))]
-        line = [*more, "--folder", folder, "--log", log, "--copy", folder / "train.py",
-                "--copy", ROOT / "prepare.py", *what_to_show(rows), *environment,
-                "--fd", theirs.fileno(), "--fd", memory, "--", sys.executable, "train.py"]
+        line = [*more, "--folder", folder, "--log", self.log, "--copy", ROOT / "prepare.py",
+                *what_to_show(rows), *environment,
+                "--fd", theirs.fileno(), "--fd", memory, "--", sys.executable, "-c", BOOT]
         self.warden = subprocess.Popen(
             [sys.executable, "-I", str(ROOT / "warden.py"), *map(str, line)],
             pass_fds=(theirs.fileno(), memory), start_new_session=True,
@@ -264,6 +276,17 @@ class Confined:
         os.close(memory)
         self.train_rows = open_read_only(rows / "train.bin")
 
+    def begin(self, source: bytes, seed: int, log: Path) -> None:
+        """Hand train.py over, whose clocks start here. SystemExit if nobody is there to take it."""
+        try:
+            self.await_frame(prepare.WARM, WARM_SECONDS)
+            os.replace(self.log, log)
+            self.log, self.before = log, self.cpu_seconds()
+            self.started = time.monotonic()
+            self.link.sendall(struct.pack("<IQ", seed, len(source)) + source)
+        except (Crash, BrokenPipeError, ConnectionResetError) as error:
+            sys.exit(f"error: nothing can be loaded in the cage: {error}")
+
     def wall_seconds(self) -> float:
         return time.monotonic() - self.started
 
@@ -271,7 +294,7 @@ class Confined:
         """What train.py and all that it started have used, as the kernel counts it."""
         try:
             os.write(self.warden.stdin.fileno(), b"?")
-            return float(self.warden.stdout.readline())
+            return float(self.warden.stdout.readline()) - self.before
         except (BrokenPipeError, ValueError):
             raise Crash(self.last_words()) from None
 
@@ -415,7 +438,75 @@ def score(confined: Confined, rows: Path, scale: Scale, hidden_below: float) -> 
         confined.check_pace()
 
 
-def referee(args: argparse.Namespace) -> None:
+def early_environment(source: bytes) -> dict[str, str] | None:
+    """What train.py sets for libraries before it loads them; None if that is not plain to see."""
+    try:
+        tree, found, odd = ast.parse(source), {}, 0
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}  # it will say so itself
+    for node in ast.walk(tree):
+        named = {ast.Attribute: "attr", ast.Name: "id", ast.alias: "name"}.get(type(node), "")
+        odd += getattr(node, named, "") in ("environ", "environb", "putenv")
+    for node in ast.walk(tree):  # what is read, and plain settings, are not odd
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get")):
+                odd -= 1
+            case ast.Subscript(value=ast.Attribute(attr="environ"), ctx=ast.Load()):
+                odd -= 1
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(
+                targets=[ast.Subscript(
+                    value=ast.Attribute(attr="environ"), slice=ast.Constant(value=str(name))
+                )],
+                value=ast.Constant(value=str(value)),
+            ):
+                found[name], odd = value, odd - 1
+            case ast.Expr(
+                value=ast.Call(
+                    func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="setdefault"),
+                    args=[ast.Constant(value=str(name)), ast.Constant(value=str(value))],
+                )
+            ):
+                found[name], odd = found.get(name, os.environ.get(name, value)), odd - 1
+    return None if odd else {k: v for k, v in found.items() if EARLY.fullmatch(k)}
+
+
+def start(args: argparse.Namespace, source: bytes) -> Confined:
+    """A process that is ready for this train.py or, as far as can be told, for the next one."""
+    more = ["--means", args.means, "--memory", args.memory]
+    more += ["--cache", args.cache] if args.cache else []
+    more += ["--fill-cache"] if args.fill_cache else []
+    scale = prepare.current_scale()
+    rows = prepare.rows_folder(scale)[0].resolve()
+    return Confined(args.folder, scale, rows, early_environment(source), more)
+
+
+def stand_by(args: argparse.Namespace) -> tuple[argparse.Namespace, Confined | None]:
+    """Load all that the next run needs, then await its command line, JSON on stdin."""
+    waiting = start(args, args.wait.read_bytes()) if args.wait.exists() else None
+    load()
+    words = b""
+    while not words.endswith(b"\n"):
+        part = os.read(sys.stdin.fileno(), 65536)
+        if not part:  # it is not needed, or whoever started this referee is gone
+            if waiting:
+                waiting.end()
+            raise KeyboardInterrupt
+        words += part
+    return parse(json.loads(words)), waiting
+
+
+def load() -> None:
+    """Import what the score needs, and open the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.init()  # needs to write to its own /proc, which hiding takes away
+    prepare.hide_memory()
+
+
+def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
     """Train FOLDER/train.py once, score it, write run.log and result.json there.
 
     A run without a result has `"status": "crash"` and a `reason`. Raises SetupError if a trusted
@@ -424,26 +515,32 @@ def referee(args: argparse.Namespace) -> None:
     scale, suffix = prepare.current_scale(), f"-{args.run}" if args.run > 1 else ""
     rows, log = prepare.rows_folder(scale)[0].resolve(), args.folder / f"run{suffix}.log"
     result: dict[str, Any] = {"status": "crash", "reason": "", "val_bpb": None, "seed": args.seed}
-    more = ["--means", args.means, *(["--cache", args.cache] if args.cache else [])]
-    more += ["--fill-cache"] if args.fill_cache else []
-    confined, gpu = Confined(args.folder, log, scale, rows, args.seed, more), Gpu()
-    try:
-        import torch  # while train.py starts
+    source, gpu = (args.folder / "train.py").read_bytes(), Gpu()
+    if waiting and (waiting.early != early_environment(source) or waiting.warden.poll() is not None):
+        waiting.end()
+        waiting = None
+    confined = waiting or start(args, source)
+    load()  # while train.py starts
+    import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.init()  # needs to write to its own /proc, which hiding takes away
-            gpu.id = [f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"]
+    try:
         gpu.start()
-        prepare.hide_memory()
+        confined.begin(source, args.seed, log)
         with ThreadPoolExecutor(1) as beside:  # some seconds for a large corpus
             checked = beside.submit(prepare.check_rows, rows, ["train.bin"], args.manifest)
             result |= confined.train(scale, args.timeout, args.start_limit, args.answers_limit)
             checked.result()
+        gpu.ended.set()
+        print("trained", flush=True)  # the next one may be made ready
         prepare.check_rows(rows, prepare.SCORED, args.manifest)
         trained = time.monotonic()
         claimed = zip(prepare.CLAIMS, confined.claims.tolist(), strict=True)
         result |= {name: plausible(value) for name, value in claimed}
-        result |= dict(score(confined, rows, scale, args.hidden_below))
+        if args.screen:
+            few = prepare.load_rows(rows, "val", scale.sequence_len)[: prepare.rows_per_query(scale)]
+            prepare.answers(confined.logits_of, few, few[:, 1:], scale)
+        else:
+            result |= dict(score(confined, rows, scale, args.hidden_below))
         result["evaluation_seconds"] = time.monotonic() - trained
         result["answers_seconds"] = sum(confined.taken)
         result["status"] = "ok"
@@ -453,14 +550,14 @@ def referee(args: argparse.Namespace) -> None:
         confined.end()
     result["disturbed"] = gpu.trouble()
     result["total_seconds"] = time.monotonic() - confined.started
-    if result["status"] == "ok":
+    if result["status"] == "ok" and not args.screen:
         with open(log, "a", encoding="utf-8") as out:
             out.write("\n" + prepare.summary(result) + "\n")
     text = json.dumps(result, indent=1)
     prepare.write_atomic(args.folder / f"result{suffix}.json", [text.encode()])
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
@@ -475,12 +572,17 @@ def parse() -> argparse.Namespace:
     add("--hidden-below", type=float, default=math.inf, metavar="VAL_BPB")
     add("--manifest", metavar="HASH", help="that the rows must have")
     add("--means", default="", metavar="NAME", help="of confinement, see warden.py")
-    return parser.parse_args()
+    add("--memory", type=float, default=math.inf, metavar="GB", help="at most")
+    add("--screen", action="store_true", help="ask the trained model once, do not score it")
+    add("--wait", type=Path, metavar="FILE", help="load now, as for this train.py; then read the\n"
+        "command line as JSON from stdin")
+    return parser.parse_args(words)
 
 
 def main() -> None:
     try:
-        referee(parse())
+        args = parse(sys.argv[1:])
+        referee(*(stand_by(args) if args.wait else (args,)))
     except OSError as error:
         raise SetupError(str(error), "df -h") from error
     except KeyboardInterrupt:

@@ -164,6 +164,7 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
 
 
 Proposer = Callable[[Run], "Proposal | None"]
+Screen = Callable[[Run, str], str]  # why a train.py is not worth a run, "" if it may be
 
 
 def patches(files: list[Path]) -> Proposer:
@@ -629,7 +630,8 @@ class Claude:
 
     ahead = True  # it takes minutes: the next one is asked for while another is trained
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, screen: Screen):
+        self.screen = screen
         try:
             self.args, self.program = args, read_program()
         except OSError as error:
@@ -675,6 +677,9 @@ class Claude:
                 return None
             try:
                 proposal = complete(parse_reply(message), self.run)
+                if said := self.screen(self.run, proposal.source):
+                    log = html.escape(one_line(said, 2000), quote=False)
+                    raise Rejected(f"It fails in two steps of a tiny model: <log>{log}</log>")
             except Rejected as rejection:
                 say(f"rejected: {one_line(str(rejection), 300)}")
                 add_repair_turn(request["messages"], message, str(rejection))
@@ -684,7 +689,7 @@ class Claude:
         return None
 
 
-def choose_proposer(args: argparse.Namespace) -> tuple[Proposer, str]:
+def choose_proposer(args: argparse.Namespace, screen: Screen) -> tuple[Proposer, str]:
     """(proposer, a line that says which and why)."""
     if args.patches:
         for path in args.patches:
@@ -705,4 +710,4 @@ def choose_proposer(args: argparse.Namespace) -> tuple[Proposer, str]:
     unpriced = "" if args.model in PRICES else ", whose price is not known: cost_usd is nan"
     if args.usd is not None and unpriced:
         raise SetupError(f"--usd: the price of {args.model} is not known", "python agent.py")
-    return Claude(args), f"proposer: claude ({why}), model {args.model}{unpriced}"
+    return Claude(args, screen), f"proposer: claude ({why}), model {args.model}{unpriced}"

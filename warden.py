@@ -494,13 +494,16 @@ class Log:
         self.left -= len(data)
 
 
-def watch(child: subprocess.Popen[bytes], work: Path, log: Log, seconds: float) -> str:
+def watch(
+    child: subprocess.Popen[bytes], work: Path, log: Log, seconds: float, gigabytes: float
+) -> str:
     """Wait for the end of the command, of stdin or of a limit; the limit's name or "".
 
     Every byte on stdin is answered on stdout by a line: CPU seconds of all that the command
-    started, so far.
+    started, so far. With the first its turn begins: then it is looked how much memory there is.
     """
     tree, started, memory_limit = Tree(), time.monotonic(), MEMORY_SHARE * memory_available()
+    begun = False
     assert child.stdout
     sources, polled, walked, broken = [0, child.stdout.fileno()], 0.0, 0.0, ""
     try:
@@ -510,6 +513,9 @@ def watch(child: subprocess.Popen[bytes], work: Path, log: Log, seconds: float) 
                 if not os.read(0, 4096):
                     return "the end of stdin"
                 os.write(1, f"{tree.look().cpu_seconds:.2f}\n".encode())
+                if not begun:
+                    memory_limit = MEMORY_SHARE * (memory_available() + tree.memory)
+                    begun = True
             if child.stdout.fileno() in readable:
                 data = os.read(child.stdout.fileno(), 65536)
                 log.write(data)
@@ -517,6 +523,9 @@ def watch(child: subprocess.Popen[bytes], work: Path, log: Log, seconds: float) 
             now = time.monotonic()
             if now - polled >= POLL_SECONDS:
                 check_disk = now - walked >= 1
+                if tree.memory > gigabytes * 2**30:
+                    broken = f"memory: {tree.memory / 2**30:.1f} GiB, the share of one of the runs"
+                    break
                 broken, polled = broken_limit(tree, work, memory_limit, check_disk), now
                 walked = now if check_disk else walked
             if now - started > seconds:
@@ -582,9 +591,12 @@ def run(args: argparse.Namespace) -> int:
         )
         for descriptor in args.fd:
             os.close(descriptor)
-        broken = watch(child, work, Log(args.log), args.seconds)
+        broken = watch(child, work, Log(args.log), args.seconds, args.memory)
         if args.fill_cache and (work / "tmp/compile").is_dir() and not args.cache.exists():
-            shutil.copytree(work / "tmp/compile", args.cache, symlinks=True)
+            whole = Path(shutil.copytree(work / "tmp/compile", f"{work}-cache", symlinks=True))
+            with contextlib.suppress(OSError):  # another one was quicker
+                whole.rename(args.cache)
+            shutil.rmtree(whole, ignore_errors=True)
         if broken:
             print(f"{ENDED}{broken}", file=sys.stderr)
             return 124
@@ -724,6 +736,7 @@ def parse() -> argparse.Namespace:
     add("--fd", type=int, action="append", default=[], metavar="N", help="to pass on")
     add("--log", type=Path, default="run.log", metavar="FILE")
     add("--seconds", type=float, default=math.inf, metavar="S", help="of wall clock, at most")
+    add("--memory", type=float, default=math.inf, metavar="GB", help="at most, of all there is")
     add("--attack", help=argparse.SUPPRESS)
     add("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()

@@ -55,6 +55,11 @@ main()
 """
 
 
+def late(statement):
+    """In the place of `steps += 1`: what is not seen in the first two steps of the toy."""
+    return f"steps += 1\n        if steps > 5:\n            {statement}"
+
+
 def sh(*command, cwd, env=None, timeout=120, **more):
     """Run a command to its end; its output as text."""
     return subprocess.run(
@@ -78,6 +83,8 @@ class Checkout:
             shutil.copy(ROOT / name, folder)
         self.exchange("prepare.py", r'Scale\("cpu", .*?\)', TINY)
         self.exchange("agent.py", r"\nBASELINE_RUNS = 3", f"\nBASELINE_RUNS = {baseline_runs}")
+        self.exchange("agent.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 8192",
+                      "\nSCREEN_TOKENS, SCREEN_SECONDS = 512")  # fmt: skip
         self.write_train(TOY)
         kept = {
             k: v

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import TOY, proposal
+from conftest import TOY, late, proposal
 
 import journal
 import researcher
@@ -272,9 +272,8 @@ def test_claude_session_of_good_invalid_duplicate_and_refused_replies(checkout, 
         proposal("a", "b", file="prepare.py"),  # another file
         (proposal("SHARPNESS = 0.6", "SHARPNESS = 0.61"), "max_tokens"),  # cut off
         proposal("model = Toy", "model = Foy", "never matches"),
-        proposal(
-            "model, steps = Toy(), 0", "model, steps = Toy(), 1 / 0", "divide"
-        ),  # experiment 3
+        proposal("model, steps = Toy(), 0", "model, steps = Toy(), 1 / 0"),  # fails at once
+        proposal("steps += 1", late("1 / 0"), "divide"),  # experiment 3
     )
     done = checkout.agent("--experiments", "3", "--tag", "t", env=server.env)
     assert done.returncode == 0, done.stderr
@@ -285,7 +284,10 @@ def test_claude_session_of_good_invalid_duplicate_and_refused_replies(checkout, 
         ("discard", "blunter"),
         ("crash", "divide"),
     ]
-    assert done.stderr.count("rejected: ") == 10 and not server.replies
+    assert done.stderr.count("rejected: ") == 11 and not server.replies
+    (told,) = server.requests[-1]["messages"][-1]["content"]
+    assert "fails in two steps" in told["content"] and "ZeroDivisionError" in told["content"]
+    assert not list((checkout.folder / "runs/t").glob("screen-*"))
     assert done.stderr.count("an idea: dropped, The SEARCH of edit 1 matches nowhere") == 1
     assert len(re.findall("This is experiment 2 again.*blunter", done.stderr)) == 1
     assert all(float(row["cost_usd"]) > 0 for row in rows[1:])

@@ -154,5 +154,5 @@ def test_slots_that_cannot_be_are_refused(slow):
     path.write_text(hungry)
     slow.commit_all()
     done = slow.agent("--slots", "2", "--tag", "t")
-    assert done.returncode == 1 and "2 slots of" in one_error(done)
+    assert done.returncode == 1 and "2 runs at a time" in one_error(done)
     assert not (slow.folder / "results.tsv").exists()
