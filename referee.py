@@ -516,7 +516,8 @@ def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
     rows, log = prepare.rows_folder(scale)[0].resolve(), args.folder / f"run{suffix}.log"
     result: dict[str, Any] = {"status": "crash", "reason": "", "val_bpb": None, "seed": args.seed}
     source, gpu = (args.folder / "train.py").read_bytes(), Gpu()
-    if waiting and (waiting.early != early_environment(source) or waiting.warden.poll() is not None):
+    early = early_environment(source)
+    if waiting and (waiting.early != early or waiting.warden.poll() is not None):
         waiting.end()
         waiting = None
     confined = waiting or start(args, source)
@@ -537,7 +538,8 @@ def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
         claimed = zip(prepare.CLAIMS, confined.claims.tolist(), strict=True)
         result |= {name: plausible(value) for name, value in claimed}
         if args.screen:
-            few = prepare.load_rows(rows, "val", scale.sequence_len)[: prepare.rows_per_query(scale)]
+            few = prepare.load_rows(rows, "val", scale.sequence_len)
+            few = few[: prepare.rows_per_query(scale)]
             prepare.answers(confined.logits_of, few, few[:, 1:], scale)
         else:
             result |= dict(score(confined, rows, scale, args.hidden_below))

@@ -72,10 +72,11 @@ def main() -> None:
         cost = statistics.median(bare["caged"]) - statistics.median(bare["bare"])
         print(f"  the cage: {cost:.3f} s a run")
 
-        (Path(folder) / "train.py").write_bytes((ROOT / "train.py").read_bytes())
-        log = Path(folder) / "run.log"
-        confined = referee.Confined(Path(folder), log, scale, rows, 0, ["--means", args.means])
+        source, more = (ROOT / "train.py").read_bytes(), ["--means", args.means]
+        early = referee.early_environment(source)
+        confined = referee.Confined(Path(folder), scale, rows, early, more)
         try:
+            confined.begin(source, 0, Path(folder) / "run.log")
             confined.train(scale, 600, 600, 600)
             taken = in_turn(
                 args.rounds,

@@ -85,8 +85,9 @@ class StandingBy:
         return json.loads((folder / "result.json").read_text()), (folder / "run.log").read_text()
 
 
-TELLS = TOY.replace("    torch.manual_seed(", '    print("threads", torch.get_num_threads(), '
-                    'os.environ["AUTORESEARCH_SEED"], os.getpid())\n    torch.manual_seed(')  # fmt: skip
+SEEDED = "    torch.manual_seed("
+TELL = 'print("threads", torch.get_num_threads(), os.environ["AUTORESEARCH_SEED"], os.getpid())'
+TELLS = TOY.replace(SEEDED, f"    {TELL}\n{SEEDED}")
 
 
 @pytest.fixture
@@ -173,8 +174,8 @@ def screen(tmp_path, environment, source, **more):
 
 
 REAL = (ROOT / "train.py").read_text(encoding="utf-8")
-UNEVEN = REAL.replace('DEVICE_BATCH_SIZE = {"cpu": 32, "gpu": 32', 'DEVICE_BATCH_SIZE = {"cpu": 32, '
-                      '"gpu": 48')  # fmt: skip
+ROWS_A_PASS = 'DEVICE_BATCH_SIZE = {"cpu": 32, "gpu": '
+UNEVEN = REAL.replace(f"{ROWS_A_PASS}32", f"{ROWS_A_PASS}48")
 WIDE_GATE = REAL.replace("x[..., :VALUE_GATE_CHANNELS]", "x[..., : VALUE_GATE_CHANNELS + 1]")
 
 
