@@ -29,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -104,6 +105,7 @@ SCREEN_TOKENS, SCREEN_SECONDS = 8192, 300.0  # two steps of the first train.py
 NEEDS_GPU = re.compile("cuda|triton|nvidia|gpu", re.IGNORECASE)
 STANDBY_GB = 0.7  # of the referee and of what waits in the cage, both with torch
 SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, then it is said
+WRITING = threading.Lock()  # the baseline's runs share a folder
 
 
 # ---------------------------------------------------------------------------
@@ -145,7 +147,8 @@ def train_once(
         await_disk()
         check_trusted(run)
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared runs/
-        patiently(write_atomic, folder / "train.py", [task.source.encode()])
+        with WRITING:
+            patiently(write_atomic, folder / "train.py", [task.source.encode()])
         said = measure(run, task, count, label, hidden_below)
         check_trusted(run)
         result = read_json(path)
@@ -171,7 +174,7 @@ def train_once(
 def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -> str:
     """Have the referee write result.json; returns its last words."""
     folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
-    path, running = folder / f"result{suffix}.json", folder / "running.json"
+    path, running = folder / f"result{suffix}.json", folder / f"running{suffix}.json"
     slot, limit = task.slot, run_timeout(run)
     if not slot.warm or slot.warm.process.poll() is not None:
         make_ready(run, slot, folder / "train.py")
@@ -1008,7 +1011,7 @@ def process_start(pid: int) -> str:
 def end_leftover(run: Run) -> None:
     """End what a killed agent.py left of its last run, until nobody lives in its folder."""
     folder, own = run.folder(0).parent, []
-    for path in folder.glob("*/running.json"):
+    for path in folder.glob("*/running*.json"):
         found = read_json(path)
         if found.get("started") and process_start(found["pid"]) == found["started"]:
             say(f"ending process {found['pid']}, which an earlier agent.py left behind")

@@ -143,6 +143,16 @@ def test_ctrl_c_ends_all_slots(slow):
     assert not left.stdout
 
 
+def test_the_baseline_is_run_as_often_on_every_slot(tmp_path, cache):
+    checkout = Checkout(tmp_path / "checkout", cache, baseline_runs=3)
+    stand_in(checkout, 0.3)
+    done = checkout.agent("--tag", "t", "--slots", "2", "--experiments", "0")
+    assert done.returncode == 0, done.stderr
+    assert [row["runs"] for row in checkout.rows()] == ["4"]
+    results = [json.loads(p.read_text()) for p in checkout.folder.glob("runs/t/0/result*.json")]
+    assert len({result["seed"] for result in results}) == len(results) == 4
+
+
 def test_slots_that_cannot_be_are_refused(slow):
     stand_in(slow, 0.0)
     done = slow.agent("--gpus", "7")

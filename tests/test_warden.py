@@ -1321,12 +1321,16 @@ HOLD_MEMORY = {
 }
 
 
+@pytest.mark.parametrize("whose", ["the machine's", "a slot's"])
 @pytest.mark.parametrize("how", first(1, HOLD_MEMORY))
-def test_too_much_memory_ends_the_run(some_means, make_cage, tmp_path, how):
+def test_too_much_memory_ends_the_run(some_means, make_cage, tmp_path, how, whose):
     available = warden.memory_available()
     if available < 6 * 2**30:
         pytest.skip(f"only {available / 2**30:.1f} GiB of memory are available")
     share = ("MEMORY_SHARE = 0.9", f"MEMORY_SHARE = {768 * MIB / available}")
+    options = ["--seconds", "15"]
+    if whose == "a slot's":
+        share, options = share[:1] * 2, [*options, "--memory", "0.75"]
     cage = make_cage(some_means, altered(tmp_path, share))
     code = f"""
 import mmap
@@ -1340,7 +1344,7 @@ for _ in range(64):
     time.sleep(0.02)
 live()
 """
-    done = cage.python(code, options=["--seconds", "15"])
+    done = cage.python(code, options=options)
     assert done.status == 124 and "ended by a limit: memory: " in done.error
     assert "held so far" in done.log
 
