@@ -707,6 +707,14 @@ def exchange(memory: int, scale: Scale) -> tuple[np.ndarray, np.ndarray, np.ndar
     return np.frombuffer(view, np.float64, len(CLAIMS)), tokens, logits
 
 
+def pin(array: np.ndarray) -> None:
+    """Let a GPU copy straight to and from this memory, where there is one that can."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)
+
+
 def answer_queries(
     link: socket.socket, logits_of: LogitsOf, scale: Scale, own_claims: dict[str, float]
 ) -> None:
@@ -716,6 +724,7 @@ def answer_queries(
 
     claims, tokens, logits = exchange(int(os.environ["AUTORESEARCH_REFEREE"].split(",")[1]), scale)
     claims[:] = [own_claims[name] for name in CLAIMS]
+    pin(logits)
     link.sendall(READY)
     while frame := link.recv(4):
         (n,) = struct.unpack("<I", frame)

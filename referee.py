@@ -368,6 +368,8 @@ class Confined:
     def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
         import torch
 
+        if not self.taken:
+            prepare.pin(self.logits)
         n, asked = len(tokens), self.clock()
         self.tokens[:n] = tokens.numpy()
         frame = struct.pack("<I", n)
@@ -379,8 +381,8 @@ class Confined:
         self.await_frame(frame, self.deadline - time.monotonic(), self.limit, late)
         self.taken.append(self.clock() - asked)
         # A copy: train.py could change the shared memory between two passes of the arithmetic.
-        logits = torch.from_numpy(self.logits[:n]).clone()
-        return logits.cuda() if torch.cuda.is_available() else logits
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.from_numpy(self.logits[:n]).to(device, copy=True)
 
     def check_pace(self) -> None:
         """Raise Crash if some answers took so much longer that training could have gone on."""
