@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PROGRAM = ("agent.py", "journal.py", "researcher.py")
+PROGRAM = ("agent.py", "journal.py", "researcher.py", "slots.py")
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 
@@ -83,7 +83,7 @@ class Checkout:
             shutil.copy(ROOT / name, folder)
         self.exchange("prepare.py", r'Scale\("cpu", .*?\)', TINY)
         self.exchange("agent.py", r"\nBASELINE_RUNS = 3", f"\nBASELINE_RUNS = {baseline_runs}")
-        self.exchange("agent.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 8192",
+        self.exchange("slots.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 8192",
                       "\nSCREEN_TOKENS, SCREEN_SECONDS = 512")  # fmt: skip
         self.write_train(TOY)
         kept = {

@@ -141,8 +141,8 @@ KILLER = """\
 import os, signal, sys
 sys.argv, (place, name, when, count) = ["agent.py", *sys.argv[5:]], sys.argv[1:5]
 sys.path.insert(0, os.getcwd())
-import agent, journal
-module, left = {"agent": agent, "journal": journal}[place], [int(count)]
+import agent, journal, slots
+module, left = sys.modules[place], [int(count)]
 inner = getattr(module, name)
 
 def outer(*arguments, **more):
@@ -161,7 +161,8 @@ sys.exit(agent.main())
 POINTS = [
     (place, name, when, count)
     for place, name, counts in (
-        ("agent", "write_atomic", (1, 3, 4, 6, 9, 12)),
+        ("agent", "write_atomic", (1, 3, 4, 5)),
+        ("slots", "write_atomic", (1, 2, 3, 5, 9)),
         ("agent", "write_commit", (2,)),
         ("agent", "move_refs", (1, 2, 3)),
         ("agent", "sync_git", (3, 4)),
@@ -546,7 +547,7 @@ def lives_in(link, folder):
 
 @pytest.mark.slow
 def test_a_run_that_is_silent_for_longer_than_the_baseline_was_is_said_once(quick):
-    quick.exchange("agent.py", r"\nSILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0",
+    quick.exchange("slots.py", r"\nSILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0",
                    "\nSILENCE_SHARE, SILENCE_SECONDS = 3.0, 1.0")  # fmt: skip
     stand_in(quick, "6.0 * ('SHARPNESS = 0.6' in source)")
     done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.7, 0.6))

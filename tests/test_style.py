@@ -15,6 +15,7 @@ CEILINGS = {
     "warden.py": 760,
     "train.py": 650,
     "agent.py": 970,
+    "slots.py": 440,
     "journal.py": 610,
     "researcher.py": 715,
     "program.md": 120,
