@@ -573,10 +573,20 @@ def batches(
     if not 0 < batch_size <= len(rows):
         raise ValueError(f"batch_size {batch_size} is not between 1 and {len(rows)} rows")
     clock = cpu_seconds if scale.clock == "cpu" else time.monotonic
+    queued: list[torch.cuda.Event] = []
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
     for epoch in itertools.count():
         order = np.random.default_rng([run_seed(), epoch]).permutation(len(rows))
         for first in range(0, len(rows) - batch_size + 1, batch_size):
-            if device.type != "cpu":  # or the clock runs ahead of queued work
+            batch = torch.from_numpy(rows[order[first : first + batch_size]].astype(np.int64))
+            if device.type == "cuda":  # the clock runs ahead of queued work by one batch, no more
+                batch = batch.pin_memory().to(device, non_blocking=True)
+                queued.append(torch.cuda.Event())
+                queued[-1].record()
+                if len(queued) > 1:
+                    queued.pop(0).synchronize()
+            elif device.type != "cpu":
                 getattr(torch, device.type).synchronize()
             SPENT.started = SPENT.started or (clock(), time.monotonic())
             SPENT.seconds = clock() - SPENT.started[0]
@@ -584,7 +594,6 @@ def batches(
             spent = SPENT.tokens if scale.clock == "tokens" else SPENT.seconds
             if spent >= scale.budget:
                 return
-            batch = torch.from_numpy(rows[order[first : first + batch_size]].astype(np.int64))
             batch = batch.to(device)
             SPENT.tokens += batch_size * scale.sequence_len
             yield batch[:, :-1], batch[:, 1:], spent / scale.budget
