@@ -8,6 +8,7 @@ file, with the same commits on it, trains the one-minute model on a CPU and the 
 Data, clock, seed and score belong to prepare.py.
 """
 
+import functools
 import math
 import os
 
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from prepare import batches, current_scale, device_type, finish, run_seed
 
@@ -80,6 +82,12 @@ PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "4090": 165.2e
 # ---------------------------------------------------------------------------
 
 
+@functools.cache
+def fast(function, is_cuda):
+    """The function, compiled where that pays. Numbers that may change are to come as tensors."""
+    return torch.compile(function, dynamic=False) if is_cuda else function
+
+
 def norm(x):
     """RMS norm without a weight, over the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
@@ -126,13 +134,28 @@ class Attention(nn.Module):
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H)
-            v = v + gate.transpose(1, 2).unsqueeze(-1) * heads(value_embedding)
+            v = v + (gate.transpose(1, 2).unsqueeze(-1) * heads(value_embedding)).to(v.dtype)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        if self.window < T:
+        if self.window < T and isinstance(mask, BlockMask):
+            y = flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask)
+        elif self.window < T:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+def in_window(window, query, key):
+    """Whether a position sees another: itself and the last `window` before it."""
+    return (query >= key) & (query - key <= window)
+
+
+def block_mask(window, device):
+    """A short window for FlexAttention, which passes over blocks where nothing is seen."""
+    T = SCALE.sequence_len
+    return create_block_mask(
+        lambda b, h, query, key: in_window(window, query, key), None, None, T, T, device
+    )
 
 
 class MLP(nn.Module):
@@ -158,6 +181,17 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def chunk_loss(h, w, y):
+    """(summed loss, gradients by h and by w) of a chunk: h (n, width), w (V, width), y (n, 1)."""
+    bounded = torch.tanh((h @ w.T).float() / SOFTCAP)
+    log_probs = F.log_softmax(SOFTCAP * bounded, dim=-1)
+    loss = log_probs.gather(1, y).sum().neg()
+    d_logits = log_probs.exp_()  # the softmax, less 1 at the target
+    d_logits.scatter_add_(1, y, d_logits.new_full(y.shape, -1.0))
+    d_logits = (d_logits * (1 - bounded.square_())).to(w.dtype)  # through the tanh
+    return loss, d_logits @ w, d_logits.T @ h
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Mean cross-entropy of soft-capped logits, LOSS_CHUNK tokens at a time, gradients included.
 
@@ -170,15 +204,10 @@ class ChunkedLoss(torch.autograd.Function):
         w = weight.to(hidden.dtype)
         total, d_hidden, d_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
         for start in range(0, len(targets), LOSS_CHUNK):
-            h, y = hidden[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
-            bounded = torch.tanh((h @ w.T).float() / SOFTCAP)
-            log_probs = F.log_softmax(SOFTCAP * bounded, dim=-1)
-            total = total - log_probs.gather(1, y).sum()
-            d_logits = log_probs.exp_()  # the softmax, less 1 at the target
-            d_logits.scatter_add_(1, y, d_logits.new_full(y.shape, -1.0))
-            d_logits = (d_logits * (1 - bounded.square_())).to(w.dtype)  # through the tanh
-            d_hidden[start : start + LOSS_CHUNK] = d_logits @ w
-            d_weight += (d_logits.T @ h).float()
+            chunk = slice(start, start + LOSS_CHUNK)
+            step = fast(chunk_loss, hidden.is_cuda)
+            loss, d_hidden[chunk], d_w = step(hidden[chunk], w, targets[chunk, None])
+            total, d_weight = total + loss, d_weight.add_(d_w)
         ctx.save_for_backward(d_hidden.div_(len(targets)), d_weight.div_(len(targets)))
         return total / len(targets)
 
@@ -236,13 +265,11 @@ class GPT(nn.Module):
         angles = torch.outer(position, ROPE_BASE ** (-channel / HEAD_DIM))
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
-        back = position[:, None] - position[None, :]
-        self.mask.copy_((back >= 0) & (back <= self.short_window))
+        self.mask.copy_(in_window(self.short_window, position[:, None], position[None, :]))
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, mask):
         """Tokens (B, T) to the normed output of the last layer (B, T, width)."""
-        T = tokens.size(1)
-        cos, sin, mask = self.cos[:T], self.sin[:T], self.mask[:T, :T]
+        cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
             x = self.embedding(tokens)  # (B, T, width)
             for n, table in enumerate(self.ngrams, 2):
@@ -256,13 +283,16 @@ class GPT(nn.Module):
 
     def forward(self, tokens):
         """Tokens (B, T) int64 to logits (B, T, vocab_size) float32."""
-        hidden = self.hidden(tokens)
+        T = tokens.size(1)
+        hidden = self.hidden(tokens, self.mask[:T, :T])
         logits = hidden @ self.head.weight.to(hidden.dtype).T
         return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
 
-    def loss(self, tokens, targets):
+    def loss(self, tokens, targets, mask=None):
         """Mean cross-entropy in nats per token, without ever holding all logits."""
-        hidden = self.hidden(tokens).flatten(0, 1)  # (B * T, width)
+        T = tokens.size(1)
+        mask = self.mask[:T, :T] if mask is None else mask
+        hidden = self.hidden(tokens, mask).flatten(0, 1)  # (B * T, width)
         return ChunkedLoss.apply(hidden, self.head.weight, targets.flatten())
 
     def flops_per_token(self):
@@ -303,6 +333,25 @@ def orthogonalize(g):
     return (x.mT if tall else x).to(g.dtype)
 
 
+def spread(g):
+    """The dimension of g (N, rows, columns) that shares a variance: there are more of the other."""
+    return -1 if g.size(-2) >= g.size(-1) else -2
+
+
+def muon_step(weights, grads, momentums, variances, lr, momentum, weight_decay, beta2):
+    """Step a stack of matrices (N, rows, columns), and its state, in place."""
+    momentums.lerp_(grads, 1 - momentum)
+    update = orthogonalize(grads.lerp(momentums, momentum))  # Nesterov
+    square = update.square().mean(spread(update), keepdim=True)
+    variances.lerp_(square, 1 - beta2)
+    scale = variances.clamp_min(1e-10).rsqrt()
+    size_before = square.sum((-2, -1), keepdim=True).sqrt()
+    size_after = (square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
+    update = update * scale * (size_before / size_after.clamp_min(1e-10))
+    agrees = update * weights >= 0
+    weights -= lr * (update + weight_decay * weights * agrees)
+
+
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan et al. 2024) with the variance reduction of NorMuon (Li et
     al. 2025, arXiv 2510.05491), and weight decay only where it agrees with the step. A group
@@ -321,21 +370,15 @@ class Muon(torch.optim.Optimizer):
         weights = torch.stack(group["params"])  # (N, rows, columns)
         grads = torch.stack([p.grad for p in group["params"]])
         rows, columns = weights.shape[-2:]
-        reduced = -1 if rows >= columns else -2  # one variance a row or column, what are more
         if not state:
             state["momentum"] = torch.zeros_like(grads)
-            state["variance"] = torch.zeros_like(grads.sum(reduced, keepdim=True))
-        state["momentum"].lerp_(grads, 1 - group["momentum"])
-        update = orthogonalize(grads.lerp(state["momentum"], group["momentum"]))  # Nesterov
-        square = update.square().mean(reduced, keepdim=True)
-        state["variance"].lerp_(square, 1 - MUON_BETA2)
-        scale = state["variance"].clamp_min(1e-10).rsqrt()
-        size_before = square.sum((-2, -1), keepdim=True).sqrt()
-        size_after = (square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
-        update = update * scale * (size_before / size_after.clamp_min(1e-10))
+            state["variance"] = torch.zeros_like(grads.sum(spread(grads), keepdim=True))
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-        agrees = update * weights >= 0
-        weights -= lr * (update + group["weight_decay"] * weights * agrees)
+        numbers = (lr, group["momentum"], group["weight_decay"], MUON_BETA2)
+        if weights.is_cuda:  # of no dimension, and not on the device: nothing is waited for
+            numbers = map(torch.tensor, numbers)
+        step = fast(muon_step, weights.is_cuda)
+        step(weights, grads, state["momentum"], state["variance"], *numbers)
         torch._foreach_copy_(group["params"], list(weights.unbind()))
 
 
@@ -402,30 +445,69 @@ def set_schedules(optimizers, progress, step):
 # ---------------------------------------------------------------------------
 
 
+def compile_all(model, optimizers, mask):
+    """Steps on made-up tokens, before the clock starts; then all is as if they had not been."""
+    shape, device = (DEVICE_BATCH_SIZE, SCALE.sequence_len + 1), model.cos.device
+    rows = torch.randint(SCALE.vocab_size, shape, device=device)
+    for _ in range(2):  # on views of rows, as from batches(): another layout is compiled anew
+        model.loss(rows[:, :-1], rows[:, 1:], mask).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    model.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    torch.manual_seed(run_seed())
+    model.init_weights()
+
+
+def read_later(loss):
+    """A call that gives a loss's value, without waiting for what is queued after it."""
+    value = loss.detach().to("cpu", non_blocking=True)
+    if not loss.is_cuda:
+        return value.item
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return value.item()
+
+    return read
+
+
+def report(step, progress, read_loss, first_loss):
+    """Print a step's loss; a doomed run need not burn its budget. The first loss of all."""
+    loss = read_loss()
+    first_loss = loss if first_loss is None else first_loss
+    if not loss <= first_loss + 1:  # NaN too
+        raise FloatingPointError(f"loss is {loss} at step {step}, was {first_loss:.4f}")
+    print(f"step {step:05d} ({100 * progress:.0f}%) | loss {loss:.4f}")
+    return first_loss
+
+
 def main():
     torch.manual_seed(run_seed())
     torch.set_float32_matmul_precision("high")
     device = torch.device("cpu" if SCALE.name == "cpu" else device_type())
     if device.type == "cpu":
         torch.set_num_threads(1)  # the most tokens per CPU second, and the same on any machine
-    T, V = SCALE.sequence_len, SCALE.vocab_size
+    T = SCALE.sequence_len
     accumulation = TOTAL_BATCH_SIZE // (DEVICE_BATCH_SIZE * T)
 
     model = build_model()
     model.init_weights()
     model.to(device)
-    optimizers = build_optimizers(model)
-    if device.type == "cuda":  # compiles on made-up tokens, before the clock starts
+    optimizers, mask = build_optimizers(model), None
+    if device.type == "cuda":
+        mask = block_mask(model.short_window, device)
         model.hidden = torch.compile(model.hidden, dynamic=False)
-        made_up = torch.randint(V, (DEVICE_BATCH_SIZE, T), device=device)
-        model.loss(made_up, made_up).backward()
-        model.zero_grad(set_to_none=True)
+        compile_all(model, optimizers, mask)
     print(f"scale {SCALE.name}: depth {DEPTH}, width {model.width}, head_dim {HEAD_DIM}, "
           f"batch {TOTAL_BATCH_SIZE} tokens in {accumulation} passes, {device}")
 
-    step, first_loss, next_line, tokens = 0, None, 0.0, 0
+    step, first_loss, next_line, tokens, line = 0, None, 0.0, 0, None
     for x, y, progress in batches(DEVICE_BATCH_SIZE, device):
-        loss = model.loss(x, y)
+        loss = model.loss(x, y, mask)
         (loss / accumulation).backward()
         tokens += x.numel()
         if tokens % TOTAL_BATCH_SIZE:
@@ -434,14 +516,12 @@ def main():
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        if progress >= next_line:
-            value = loss.item()
-            first_loss = value if first_loss is None else first_loss
-            if not value <= first_loss + 1:  # NaN too: a doomed run need not burn its budget
-                raise FloatingPointError(f"loss is {value} at step {step}, was {first_loss:.4f}")
-            print(f"step {step:05d} ({100 * progress:.0f}%) | loss {value:.4f}")
-            next_line = progress + 0.02
+        if progress >= next_line:  # the loss of the line before has long been there
+            first_loss = report(*line, first_loss) if line else None
+            line, next_line = (step, progress, read_later(loss)), progress + 0.02
         step += 1
+    if line:
+        report(*line, first_loss)
     finish(model, num_steps=step, depth=DEPTH, mfu_percent=mfu_percent(model, device))
 
 

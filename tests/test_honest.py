@@ -32,7 +32,9 @@ GROUP = 14  # changes that share a night, and so a baseline
 
 ROTATION = "q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))"
 ATTENTION = """\
-        if self.window < T:
+        if self.window < T and isinstance(mask, BlockMask):
+            y = flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask)
+        elif self.window < T:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -50,14 +52,14 @@ AUTOCAST = "torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is
 HIDDEN = "return norm(x).to(torch.bfloat16 if tokens.is_cuda else torch.float32)"
 LOGITS = "return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)"
 LOSS = """\
-        hidden = self.hidden(tokens).flatten(0, 1)  # (B * T, width)
+        hidden = self.hidden(tokens, mask).flatten(0, 1)  # (B * T, width)
         return ChunkedLoss.apply(hidden, self.head.weight, targets.flatten())
 """
 MUON = "Muon([dict(params=weights, lr=MATRIX_LR) for weights in by_shape.values()])"
 LEFT = "left = min(1.0, (1.0 - progress) / max(WARMDOWN_RATIO, 1e-9))"
 TO_DEVICE = "    model.to(device)\n"
-COUNTERS = "    step, first_loss, next_line, tokens = 0, None, 0.0, 0\n"
-STEP_LOSS = "        loss = model.loss(x, y)\n"
+COUNTERS = "    step, first_loss, next_line, tokens, line = 0, None, 0.0, 0, None\n"
+STEP_LOSS = "        loss = model.loss(x, y, mask)\n"
 STEPPED = "        step += 1\n"
 FINISH = "    finish(model, "
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, sh
+from torch._dynamo.testing import CompileCounter
 
 import prepare
 
@@ -83,6 +84,30 @@ def test_short_window_sees_just_its_tokens(train, model):
     assert torch.allclose(got, expected, atol=1e-5)
 
 
+def test_flex_attention_agrees_with_the_plain_mask(train, model):
+    """Forwards, by the CPU's reference of what a GPU trains with; the loss and each position."""
+    x, mask = tokens(3, 128), train.block_mask(model.short_window, torch.device("cpu"))
+    with torch.no_grad():
+        plain, flex = model.hidden(x, model.mask), model.hidden(x, mask)
+        wider = model.hidden(x, train.block_mask(model.short_window + 1, torch.device("cpu")))
+        losses = model.loss(x, x), model.loss(x, x, mask)
+    assert torch.allclose(plain, flex, atol=1e-5)
+    assert not torch.allclose(plain, wider, atol=1e-3)
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+
+
+def test_block_mask_leaves_out_what_no_window_reaches(train):
+    """At the sizes of a GPU: each block of 128 queries sees its own and the few before it."""
+    T, window = 2048, 256
+    mask = torch.nn.attention.flex_attention.create_block_mask(
+        lambda b, h, query, key: train.in_window(window, query, key), None, None, T, T, "cpu"
+    )
+    seen = mask.to_dense()[0, 0].bool()
+    block = torch.arange(T // 128)
+    back = block[:, None] - block[None]
+    assert torch.equal(seen, (back >= 0) & (back <= window // 128))
+
+
 def test_rotation_makes_scores_depend_on_distance_only(train, model):
     q, k = torch.randn(1, 1, 1, train.HEAD_DIM), torch.randn(1, 1, 1, train.HEAD_DIM)
     spread = [train.rotate(y.expand(1, 1, 128, -1), model.cos, model.sin)[0, 0] for y in (q, k)]
@@ -114,6 +139,22 @@ def test_muon_step_keeps_the_size_of_the_update_and_decays_only_where_it_agrees(
     moved = before - torch.stack([w.detach() for w in weights])
     per_step = 0.1 * (16 / 8) ** 0.5
     assert torch.allclose(moved.norm(dim=(1, 2)), torch.full((3,), per_step * 8**0.5), rtol=0.15)
+
+
+def test_an_edited_number_of_the_optimizer_is_not_compiled_anew(train):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    step = torch.compile(train.muon_step, dynamic=False, backend=counter, fullgraph=True)
+    weights, grads = torch.randn(2, 3, 16, 8).unbind()
+    numbers = ((0.1, 0.9, 0.2, 0.95), (0.07, 0.85, 0.0, 0.9), (0.2, 0.95, 0.1, 0.99))
+    compiled, eager = ([weights.clone(), grads, torch.zeros(3, 16, 8), torch.zeros(3, 16, 1)]
+                       for _ in range(2))  # fmt: skip
+    for each in numbers:
+        step(*compiled, *map(torch.tensor, each))
+        train.muon_step(*eager, *each)
+    assert counter.frame_count == 1
+    for got, expected in zip(compiled, eager, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_hashed_ngrams_depend_on_their_n_tokens_only(train):
