@@ -80,6 +80,8 @@ mq_unlink 241 181, mq_timedsend 242 182, mq_timedreceive 243 183, mq_notify 244 
 name_to_handle_at 303 264, open_by_handle_at 304 265,
 socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242
 """
+# CUDA does not start without a socket that others could connect to, which is denied to all here.
+ALLOWED_WITH_GPU = {"socket", "bind", "listen"}
 # Denied too where the command runs as the same user: Landlock has no say in a file's attributes.
 DENIED_AS_SAME_USER = """
 chmod 90 -1, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -1, fchown 93 55,
@@ -93,9 +95,10 @@ prlimit64 302 261, sched_setscheduler 144 119, sched_setparam 142 118, sched_set
 sched_setaffinity 203 122, setpriority 141 140
 """
 ARCHITECTURES = {
-    "x86_64": (0, 0xC000003E, 56, 53, 13), "aarch64": (1, 0xC00000B7, 220, 199, 134)
+    "x86_64": (0, 0xC000003E, 56, 41, 53, 13), "aarch64": (1, 0xC00000B7, 220, 198, 199, 134)
 }  # fmt: skip
-CLONE3, CLONE_NEW_ANYTHING, AF_UNIX, SOCK_DGRAM = 435, 0x7E020000, 1, 2
+CLONE3, CLONE_NEW_ANYTHING, AF_UNIX = 435, 0x7E020000, 1
+SOCK_DGRAM, SOCK_SEQPACKET = 2, 5
 
 # Landlock's rights, and the first version of it that knows them.
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
@@ -128,9 +131,9 @@ def call(function: Any, *arguments: Any) -> int:
     return result
 
 
-def seccomp_program(same_user: bool) -> bytes:
+def seccomp_program(same_user: bool, gpu: bool) -> bytes:
     """Filter that answers EPERM to what is denied, as an array of struct sock_filter."""
-    column, machine, clone, socketpair, sigaction = ARCHITECTURES[platform.machine()]
+    column, machine, clone, socket_, socketpair, sigaction = ARCHITECTURES[platform.machine()]
     load, equal, at_least, has_bits, mask, answer = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     eperm, enosys, kill, allow = 0x50001, 0x50026, 0x80000000, 0x7FFF0000
     number, architecture, argument_0, argument_1 = 0, 4, 16, 24  # in struct seccomp_data
@@ -138,7 +141,7 @@ def seccomp_program(same_user: bool) -> bytes:
     code += [(load, 0, 0, number), (at_least, 0, 1, 0x40000000), (answer, 0, 0, eperm)]
     for entry in (DENIED + ("," + DENIED_AS_SAME_USER if same_user else "")).split(","):
         denied = int(entry.split()[1 + column])
-        if denied >= 0:
+        if denied >= 0 and not (gpu and entry.split()[0] in ALLOWED_WITH_GPU):
             code += [(equal, 0, 1, denied), (answer, 0, 0, eperm)]
     for entry in ALLOWED_FOR_ITSELF.split(",") if same_user else ():
         whose = [argument_0, argument_1] if "setpriority" in entry else [argument_0]
@@ -153,6 +156,10 @@ def seccomp_program(same_user: bool) -> bytes:
     code += [(equal, 0, 1, CLONE3), (answer, 0, 0, enosys)]  # its flags lie out of sight: use clone
     code += [(equal, 0, 4, clone), (load, 0, 0, argument_0)]
     code += [(has_bits, 0, 1, CLONE_NEW_ANYTHING), (answer, 0, 0, eperm), (answer, 0, 0, allow)]
+    if gpu:
+        code += [(equal, 0, 7, socket_), (load, 0, 0, argument_0), (equal, 0, 3, AF_UNIX)]
+        code += [(load, 0, 0, argument_1), (mask, 0, 0, 15), (equal, 1, 0, SOCK_SEQPACKET)]
+        code += [(answer, 0, 0, eperm), (answer, 0, 0, allow)]
     # A pair of datagram sockets could still send to any address.
     code += [(equal, 0, 6, socketpair), (load, 0, 0, argument_1), (mask, 0, 0, 15)]
     code += [(equal, 2, 0, SOCK_DGRAM), (load, 0, 0, argument_0), (equal, 1, 0, AF_UNIX)]
@@ -232,7 +239,7 @@ def bubblewrap(
     command: list[str], work: Path, read: list[Path], hide: list[Path]
 ) -> tuple[list[str], list[int], Callable[[], None]]:
     """(command line, descriptors to pass on, what to do before exec) of a run in bubblewrap."""
-    program = seccomp_program(same_user=False)
+    program = seccomp_program(same_user=False, gpu=bool(gpu_devices()))
     memory = os.memfd_create("seccomp")
     os.write(memory, program)
     os.lseek(memory, 0, os.SEEK_SET)
@@ -292,7 +299,7 @@ def landlock(
                 call(libc.prctl, PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0)
         call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         call(libc.syscall, 446, ruleset, 0)
-        apply_seccomp(seccomp_program(same_user=user is None))
+        apply_seccomp(seccomp_program(same_user=user is None, gpu=bool(gpus)))
 
     return command, [], enter
 
