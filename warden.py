@@ -616,6 +616,7 @@ def environment(work: Path, more: list[str]) -> dict[str, str]:
     """What the command sees: the allow-list, its own folders, and what --env names."""
     own = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     own |= {"HOME": str(work), "TMPDIR": f"{work}/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
+    own["USER"] = "nobody"  # torch asks for a name, and there may be no list of users to ask
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
         own[name] = f"{work}/tmp/compile/{name.lower()}"
     return own | dict(pair.split("=", 1) for pair in more)
