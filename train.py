@@ -96,7 +96,8 @@ def norm(x):
 def rotate(x, cos, sin):
     """Rotary position embedding of x (B, H, T, D); cos and sin are (T, D / 2)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 def hashed_ngrams(tokens, n):
@@ -134,10 +135,10 @@ class Attention(nn.Module):
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H)
-            v = v + (gate.transpose(1, 2).unsqueeze(-1) * heads(value_embedding)).to(v.dtype)
+            v = v + gate.transpose(1, 2).unsqueeze(-1) * heads(value_embedding)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if self.window < T and isinstance(mask, BlockMask):
-            y = flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask)
+            y = flex_attention(q, k, v, block_mask=mask)
         elif self.window < T:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -270,16 +271,17 @@ class GPT(nn.Module):
     def hidden(self, tokens, mask):
         """Tokens (B, T) to the normed output of the last layer (B, T, width)."""
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
+        with torch.autocast(tokens.device.type, dtype, enabled=tokens.is_cuda):
             x = self.embedding(tokens)  # (B, T, width)
             for n, table in enumerate(self.ngrams, 2):
                 x = x + table(hashed_ngrams(tokens, n))
-            x = x0 = norm(x)
+            x = x0 = norm(x.to(dtype))
             for i, block in enumerate(self.blocks):
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
                 table = self.value_embeddings[str(i)] if has_value_embedding(i) else None
-                x = block(x, table(tokens) if table else None, cos, sin, mask)
-            return norm(x).to(torch.bfloat16 if tokens.is_cuda else torch.float32)
+                x = block(x, table(tokens).to(dtype) if table else None, cos, sin, mask)
+            return norm(x).to(dtype)
 
     def forward(self, tokens):
         """Tokens (B, T) int64 to logits (B, T, vocab_size) float32."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import ctypes.util
 import json
 import math
 import os
@@ -276,10 +275,10 @@ def landlock(
     shown = [p for top in {*system, *known} if top.exists() for p in beside(top, hide)]
     gpus = gpu_devices()
     devices = [*(Path("/dev") / name for name in DEVICES), *gpus]
-    rights_in_proc = READ_FILE | READ_DIR | (WRITE_FILE if gpus else 0)  # CUDA names its threads
+    naming = WRITE_FILE | TRUNCATE if gpus else 0  # what CUDA does to its threads
     rules = [(p, EXECUTE | READ_FILE | READ_DIR) for p in shown]
     rules += [(p, READ_FILE | WRITE_FILE | IOCTL_DEV) for p in devices]
-    rules += [(Path("/proc"), rights_in_proc), (work, ~(MAKE_CHAR | MAKE_BLOCK))]
+    rules += [(Path("/proc"), READ_FILE | READ_DIR | naming), (work, ~(MAKE_CHAR | MAKE_BLOCK))]
     groups = sorted({p.stat().st_gid for p in gpus} - {0})
     places = [Path(sys.executable), *known, work]
     open_to_all = all(p.stat().st_mode & 1 for place in places for p in place.resolve().parents)
@@ -673,8 +672,10 @@ def holes(facts: dict[str, Any]) -> list[str]:
         "its own folder is not writable": lambda: open("file", "w").close(),
         "its temporary folder is not writable": lambda: tempfile.TemporaryFile().close(),
     }
-    if gpu_devices() and ctypes.util.find_library("cuda"):
-        needs["cuInit fails"] = lambda: ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    with contextlib.suppress(OSError):  # of another maker's card
+        if gpu_devices():
+            driver = ctypes.CDLL("libcuda.so.1")
+            needs["cuInit fails"] = lambda: driver.cuInit(0) == 0
 
     def done(action: Callable[[], Any]) -> bool:
         try:
