@@ -535,7 +535,7 @@ def await_train(main: dict[str, Any]) -> CodeType:
             runpy.run_path(str(path)).get("build_model", int)()
         os.environ["AUTORESEARCH_SCALE"] = tiny
     main |= {"__file__": str(path)}
-    return compile(source, str(path), "exec")
+    return compile(source, str(path), "exec", dont_inherit=True)
 
 
 def cpu_seconds() -> float:

@@ -60,9 +60,13 @@ SEND_FILE = "import os, socket, sys; socket.send_fds(socket.socket(fileno=0), [b
 )
 GPU_POLL_SECONDS, GPU_SHARE = 5.0, 0.1
 BOOT = "exec(__import__('prepare').await_train(globals()))"
+LOADED = prepare.trusted_hash()  # may be older than a run: it stands by before its turn
 WARM_SECONDS = 600.0  # to load torch and open the device, on a machine that is very busy
 # What the libraries read when they are loaded or open the device.
-EARLY = re.compile("(OMP|KMP|GOMP|MKL|OPENBLAS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NVIDIA)_.*")
+EARLY = re.compile(
+    "(OMP|KMP|GOMP|MKL|OPENBLAS|TORCH|TORCHDYNAMO|TORCHINDUCTOR|PYTORCH|TRITON|CUBLAS|CUBLASLT|CUDNN|"
+    "CUDA)_(?!VISIBLE_DEVICES).*"
+)
 THROTTLED = 0x8 | 0x20 | 0x40 | 0x80  # NVML's bits for heat and power brakes; a power cap is usual
 PEEKING_NATS, SAME_NATS = 2e-3, 2e-2  # tolerated; honest models differ by exactly 0 on a CPU
 
@@ -276,11 +280,13 @@ class Confined:
         theirs.close()
         os.close(memory)
         self.train_rows = open_read_only(rows / "train.bin")
+        self.loaded = {LOADED, prepare.trusted_hash()}
 
     def begin(self, source: bytes, seed: int, log: Path) -> None:
         """Hand train.py over, whose clocks start here. SystemExit if nobody is there to take it."""
         try:
             self.await_frame(prepare.WARM, WARM_SECONDS)
+            self.loaded.add(prepare.trusted_hash())
             os.replace(self.log, log)
             self.log, self.before = log, self.cpu_seconds()
             self.started = time.monotonic()
@@ -472,6 +478,7 @@ def early_environment(source: bytes) -> dict[str, str] | None:
                 )
             ):
                 found[name], odd = found.get(name, os.environ.get(name, value)), odd - 1
+    odd += sum(len(v) > 1000 or not v.isprintable() for v in found.values())
     return None if odd else {k: v for k, v in found.items() if EARLY.fullmatch(k)}
 
 
@@ -530,6 +537,9 @@ def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
     try:
         gpu.start()
         confined.begin(source, args.seed, log)
+        if args.trusted and confined.loaded != {args.trusted}:
+            said = "trusted file changed while a run was made ready"
+            raise SetupError(said, "git status  # then the same command goes on")
         with ThreadPoolExecutor(1) as beside:  # some seconds for a large corpus
             checked = beside.submit(prepare.check_rows, rows, ["train.bin"], args.manifest)
             result |= confined.train(scale, args.timeout, args.start_limit, args.answers_limit)
@@ -541,7 +551,7 @@ def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
         claimed = zip(prepare.CLAIMS, confined.claims.tolist(), strict=True)
         result |= {name: plausible(value) for name, value in claimed}
         if args.screen:
-            few = prepare.load_rows(rows, "val", scale.sequence_len)
+            few = prepare.load_rows(rows, "train", scale.sequence_len)  # the log is shown to others
             few = few[: prepare.rows_per_query(scale)]
             prepare.answers(confined.logits_of, few, few[:, 1:], scale)
         else:
@@ -576,6 +586,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--fill-cache", action="store_true", help="make it of what this run leaves")
     add("--hidden-below", type=float, default=math.inf, metavar="VAL_BPB")
     add("--manifest", metavar="HASH", help="that the rows must have")
+    add("--trusted", metavar="HASH", help="that prepare.py, referee.py and warden.py must have")
     add("--means", default="", metavar="NAME", help="of confinement, see warden.py")
     add("--memory", type=float, default=math.inf, metavar="GB", help="at most")
     add("--screen", action="store_true", help="ask the trained model once, do not score it")

@@ -47,7 +47,7 @@ OVERTIME = 20.0  # seconds that a run may take beyond the baseline's, to its fir
 START_OVERTIME = 60.0  # the same to the first batch: an edit may be the first to compile
 ANSWERS_SHARE = 3.0  # times the baseline's seconds, for a run's answers
 FAILURES = 3  # of the referee itself, in one run
-SCREEN_TOKENS, SCREEN_SECONDS = 8192, 300.0  # two steps of the first train.py
+SCREEN_TOKENS, SCREEN_SECONDS = 4300, 300.0  # two steps of 4096, the second near the end
 NEEDS_GPU = re.compile("cuda|triton|nvidia|gpu", re.IGNORECASE)
 STANDBY_GB = 0.7  # of the referee and of what waits in the cage, both with torch
 SILENCE_SHARE, SILENCE_SECONDS = 3.0, 20.0  # beyond the baseline's longest, then it is said
@@ -164,12 +164,13 @@ def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -
     path, running = folder / f"result{suffix}.json", folder / f"running{suffix}.json"
     slot, limit = task.slot, run_timeout(run)
     if not slot.warm or slot.warm.process.poll() is not None:
-        make_ready(run, slot, folder / "train.py")
+        patiently(make_ready, run, slot, folder / "train.py")
     referee, slot.warm = slot.warm, None
 
     def trained() -> None:  # what it compiled is there for the next one, but for the first run's
         if run.history or compiled(run).exists():
-            make_ready(run, slot, folder / "train.py")
+            with suppress(OSError):  # on a full disk, say: the next run starts its own
+                make_ready(run, slot, folder / "train.py")
 
     try:
         pid = referee.process.pid
@@ -198,6 +199,7 @@ def words_of(run: Run, task: Task, count: int, hidden_below: float) -> list[obje
     words = [run.folder(number), "--run", count, "--seed", run.seed(number, count)]
     words += ["--timeout", run_timeout(run), "--hidden-below", hidden_below]
     words += ["--manifest", run.scale["manifest"], *means_of(run)]
+    words += ["--trusted", run.scale["referee"]]
     if run.history:
         words += ["--start-limit", run.history[0].start_seconds + START_OVERTIME]
         words += ["--answers-limit", ANSWERS_SHARE * run.history[0].answers_seconds]
@@ -205,7 +207,7 @@ def words_of(run: Run, task: Task, count: int, hidden_below: float) -> list[obje
 
 
 def means_of(run: Run) -> list[object]:
-    fill = [] if run.history else ["--fill-cache"]
+    fill = [] if run.history or compiled(run).exists() else ["--fill-cache"]
     words = ["--means", run.scale["means"], "--cache", compiled(run), *fill]
     return [*words, "--memory", run.scale["memory_gb"]]
 
@@ -349,6 +351,7 @@ def check_trusted(run: Run) -> None:
 
 def try_out(run: Run, source: str) -> tuple[str, float]:
     """(what fails, GB at most) in two steps of a train.py on the CPU, at the scale `cpu`."""
+    run.folder(0).parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="screen-", dir=run.folder(0).parent))
     environment = {"AUTORESEARCH_SCALE": "cpu", "AUTORESEARCH_ROWS": run.tiny["rows"],
                    "AUTORESEARCH_BUDGET_TOKENS": str(SCREEN_TOKENS), "CUDA_VISIBLE_DEVICES": ""}
@@ -359,8 +362,10 @@ def try_out(run: Run, source: str) -> tuple[str, float]:
         (folder / "train.py").write_bytes(source.encode())
         referee = Referee(words, environment, frozenset())
         os.setpriority(os.PRIO_PGRP, referee.process.pid, 19)  # what is training goes first
-        while referee.process.poll() is None and not STOP.wait(0.1):
-            continue
+        deadline = time.monotonic() + 2 * SCREEN_SECONDS
+        while referee.process.poll() is None and time.monotonic() < deadline:
+            if STOP.wait(0.1):
+                break
         referee.stop()
         result, log = read_json(folder / "result.json"), folder / "run.log"
         tail = log.read_text(encoding="utf-8", errors="replace")[-1500:] if log.exists() else ""
@@ -374,8 +379,13 @@ def try_out(run: Run, source: str) -> tuple[str, float]:
 def screen(run: Run, source: str) -> str:
     """Why a train.py is not worth a run, "" if it may be: it fails at once, and the best does not.
     """
-    said = try_out(run, source)[0]
-    if not said or (run.scale["name"] != "cpu" and NEEDS_GPU.search(said)):
+    try:
+        said = try_out(run, source)[0]
+    except OSError as error:  # the disk is full, say, which is no fault of the idea
+        say(f"an idea is not tried out before its run: {error}")
+        return ""
+    elsewhere = run.scale["name"] != "cpu" and NEEDS_GPU.search(said)
+    if not said or elsewhere or said.startswith(("timeout", "ended by a limit")):
         return ""
     best = run.best()
     if best.commit not in run.screened:

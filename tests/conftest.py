@@ -83,8 +83,8 @@ class Checkout:
             shutil.copy(ROOT / name, folder)
         self.exchange("prepare.py", r'Scale\("cpu", .*?\)', TINY)
         self.exchange("agent.py", r"\nBASELINE_RUNS = 3", f"\nBASELINE_RUNS = {baseline_runs}")
-        self.exchange("slots.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 8192",
-                      "\nSCREEN_TOKENS, SCREEN_SECONDS = 512")  # fmt: skip
+        self.exchange("slots.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 4300",
+                      "\nSCREEN_TOKENS, SCREEN_SECONDS = 270")  # fmt: skip
         self.write_train(TOY)
         kept = {
             k: v

@@ -30,6 +30,8 @@ import referee
         ('os.environ |= {"OMP_NUM_THREADS": "3"}', None),
         ('from os import environ\nenviron["OMP_NUM_THREADS"] = "3"', None),
         ('os.putenv("OMP_NUM_THREADS", "3")', None),
+        (f'os.environ["OMP_NOTE"] = "{"x" * 200_000}"', None),
+        (r'os.environ["OMP_NOTE"] = "\0"', None),
         ("def broken(", {}),
     ],
 )
@@ -164,7 +166,7 @@ def screen(tmp_path, environment, source, **more):
     (tmp_path / "train.py").write_text(source)
     facts = json.loads(sh(sys.executable, "prepare.py", cwd=ROOT, env=environment).stdout)
     env = environment | {"AUTORESEARCH_ROWS": facts["rows"], **more}
-    env |= {"AUTORESEARCH_BUDGET_TOKENS": "8192", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"AUTORESEARCH_BUDGET_TOKENS": "4300", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.Popen(
         [sys.executable, "referee.py", str(tmp_path), "--screen"], cwd=ROOT, env=env,
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,

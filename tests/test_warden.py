@@ -302,6 +302,7 @@ def test_the_environment_is_the_allow_list(cage):
         "PATH": os.environ["PATH"],
         "AUTORESEARCH_SEED": "1=2",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "USER": "nobody",
     }
 
 
