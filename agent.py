@@ -633,6 +633,19 @@ class Night:
         self.waiting.append(proposal)
 
 
+def find_slots(args: argparse.Namespace) -> tuple[dict[str, Any], list[Slot]]:
+    """What prepare.py says of this machine, or of the nodes of a cluster, and the slots there."""
+    if not args.ray:
+        scale = describe_machine(args.corpus)
+        return scale, choose_slots(args, scale)
+    import cluster  # which needs Ray, a second to load and no part of the installation
+
+    scale, joined, most = cluster.join(args.ray, args.corpus, args.unconfined)
+    if args.slots and args.slots > most:
+        say(f"--slots {args.slots}: the cluster has room for {most} runs at a time")
+    return scale, [Slot(cluster=joined) for _ in range(min(args.slots or most, most))]
+
+
 def night(args: argparse.Namespace) -> None:
     """Set up, measure the baseline unless the run has one, experiment until a limit is reached."""
     args.until = time.monotonic() + (math.inf if args.hours is None else args.hours * 3600)
@@ -655,8 +668,7 @@ def night(args: argparse.Namespace) -> None:
     caps = {"experiments": args.experiments, "hours": args.hours, "US dollars": args.usd}
     limits = [f"after {cap:g} {unit}" for unit, cap in caps.items() if cap is not None]
     say(f"{line}; stops " + (" or ".join(limits) or "when you say so"))
-    scale = describe_machine(args.corpus)
-    args.slots = choose_slots(args, scale)
+    scale, args.slots = find_slots(args)
     run = find_run(args.tag, scale)
     for slot in args.slots:
         if slot.gpu:
@@ -667,11 +679,13 @@ def night(args: argparse.Namespace) -> None:
         said = f"--usd: what run {run.tag} has spent is not known, its model has no known price"
         raise SetupError(said, "python agent.py --tag NAME, a run of its own")
     end_leftover(run)
-    run.scale["means"] = confine(args.unconfined)
+    ahead = getattr(propose, "ahead", False)  # what it thinks of is tried out on this machine
+    if ahead or not args.ray:  # whose nodes have been asked
+        run.scale["means"] = confine(args.unconfined)
     there = MEMORY_SHARE * memory_available() / 2**30  # to be shared by all that run at a time
     scale["memory_gb"] = there / len(args.slots) if len(args.slots) > 1 else math.inf
     run.tiny = scale
-    if scale["name"] != "cpu" and getattr(propose, "ahead", False):
+    if ahead and (args.ray or scale["name"] != "cpu"):
         run.tiny = describe_machine(None, "cpu")
     check_memory(run, args.slots)
     show_start(run)
@@ -723,8 +737,11 @@ def main() -> int:
     add("--budget", metavar="SECONDS", help="of training per run, default the scale's")
     add("--slots", type=count, metavar="N", help="runs at a time, default one per GPU")
     add("--gpus", type=indices, metavar="0,1", help="to run on, one run each, default all")
+    add("--ray", metavar="ADDRESS", help="of a Ray cluster to run on, or auto: where this runs")
     add("--unconfined", action="store_true", help="let train.py run without a cage: your own risk")
     args = parser.parse_args()
+    if args.ray and args.gpus:
+        parser.error("--gpus are cards of this machine: with --ray, Ray hands them out")
     hide_memory()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN:  # of nohup
@@ -737,7 +754,8 @@ def main() -> int:
         LOG.exception("stopped")
         raise SetupError(str(error), "df -h . && ls -ld .") from error
     except ImportError as error:
-        raise SetupError(f"a package is missing: {error}", "pip install .") from error
+        extra = "'.[ray]'" if error.name == "ray" else "."
+        raise SetupError(f"a package is missing: {error}", f"pip install {extra}") from error
     except KeyboardInterrupt as error:
         say(f"interrupted ({error}); the same command goes on from here")
         return 130

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from journal import (
     NO_SPACE,
@@ -42,6 +42,9 @@ from journal import (
 from prepare import SetupError, trusted_hash, write_atomic
 from researcher import Proposal
 from warden import DISK_IS_FULL, MEMORY_SHARE, PASSED_ON, memory_available
+
+if TYPE_CHECKING:  # heavy, and no part of the installation
+    from cluster import Cluster
 
 OVERTIME = 20.0  # seconds that a run may take beyond the baseline's, to its first logits
 START_OVERTIME = 60.0  # the same to the first batch: an edit may be the first to compile
@@ -66,6 +69,8 @@ class Slot:
     gpu: str = ""  # as CUDA_VISIBLE_DEVICES takes it; "" is any, or none
     cores: frozenset[int] = frozenset()  # none are all
     warm: Referee | None = None
+    cold: bool = False  # none is made ready for the next run
+    cluster: Cluster | None = None  # anywhere on it
 
 
 @dataclass
@@ -109,7 +114,7 @@ def choose_slots(args: argparse.Namespace, scale: dict[str, Any]) -> list[Slot]:
 
 def check_memory(run: Run, slots: list[Slot]) -> None:
     """Raise SetupError if runs without a GPU of their own would not fit into memory together."""
-    if len(slots) > 1 and not slots[0].gpu:
+    if len(slots) > 1 and not slots[0].gpu and not slots[0].cluster:
         peak = run.history[0].memory_gb if run.history else try_out(run, read_train(run.start))[1]
         there = MEMORY_SHARE * memory_available() / 2**30
         most = max(1, int(there / (peak + STANDBY_GB)))
@@ -160,6 +165,8 @@ def train_once(
 
 def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -> str:
     """Have the referee write result.json; returns its last words."""
+    if task.slot.cluster:
+        return task.slot.cluster.measure(run, task, count, label, hidden_below)
     folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
     path, running = folder / f"result{suffix}.json", folder / f"running{suffix}.json"
     slot, limit = task.slot, run_timeout(run)
@@ -168,7 +175,7 @@ def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -
     referee, slot.warm = slot.warm, None
 
     def trained() -> None:  # what it compiled is there for the next one, but for the first run's
-        if run.history or compiled(run).exists():
+        if not slot.cold and (run.history or compiled(run).exists()):
             with suppress(OSError):  # on a full disk, say: the next run starts its own
                 make_ready(run, slot, folder / "train.py")
 

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PROGRAM = ("agent.py", "journal.py", "researcher.py", "slots.py")
+PROGRAM = ("agent.py", "cluster.py", "journal.py", "researcher.py", "slots.py")
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 

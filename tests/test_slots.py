@@ -44,7 +44,7 @@ def assert_each_keep_sits_on_what_it_was_measured_against(checkout):
             tip = commit
     assert tip == checkout.git("rev-parse", "autoresearch/t")
     assert checkout.git("fsck", "--no-dangling") == ""
-    numbers = [row["experiment"] for row in checkout.rows()]
+    numbers = [row["experiment"] for row in checkout.rows() if row["status"] != "measure"]
     assert len(set(numbers)) == len(numbers)
 
 

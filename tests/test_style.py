@@ -10,16 +10,17 @@ import pytest
 from conftest import ROOT
 
 CEILINGS = {
-    "prepare.py": 780,
-    "referee.py": 600,
-    "warden.py": 780,
+    "prepare.py": 785,
+    "referee.py": 610,
+    "warden.py": 785,
     "train.py": 650,
-    "agent.py": 760,
-    "slots.py": 440,
+    "agent.py": 775,
+    "slots.py": 445,
+    "cluster.py": 310,
     "journal.py": 610,
     "researcher.py": 715,
     "program.md": 120,
-    "README.md": 150,
+    "README.md": 172,
 }
 PYTHON = [name for name in CEILINGS if name.endswith(".py")]
 
@@ -52,7 +53,7 @@ def test_every_dependency_is_imported_by_a_shipped_file():
 
 
 def test_agent_imports_nothing_heavy():
-    heavy = ("torch", "numpy", "optuna", "anthropic", "rich")
+    heavy = ("torch", "numpy", "optuna", "anthropic", "rich", "ray")
     code = f"import sys, agent; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
