@@ -3,6 +3,7 @@
 python tests/bench_loop.py                          # a scripted model with 5 s a reply
 python tests/bench_loop.py --reply 15 --budget 20   # with and without thinking ahead
 python tests/bench_loop.py --slots 2 --budget 20    # and two at a time
+python tests/bench_loop.py --alone --report a.json  # for simulate_slots.py
 """
 
 import argparse
@@ -26,10 +27,10 @@ import agent, researcher
 researcher.Claude.ahead = sys.argv.pop(1) == "True"
 inner, times = agent.train_once, []
 
-def train_once(run, task, *rest):
+def train_once(run, task, count, *rest):
     started = time.monotonic()
-    result = inner(run, task, *rest)
-    times.append((task.done.number, started, time.monotonic(), result))
+    result = inner(run, task, count, *rest)
+    times.append((task.done.number, started, time.monotonic(), result | {"count": count}))
     return result
 
 agent.train_once = train_once
@@ -61,7 +62,7 @@ def answer(number: int, seconds: float):
 
 
 def spend_night(args: argparse.Namespace, ahead: bool, slots: int) -> list[tuple]:
-    """(number, start, end, result) of each run after the baseline's."""
+    """(number, start, end, result) of each run, the baseline's included."""
     server = ApiServer(*(answer(n, args.reply) for n in range(args.experiments + slots)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkout"
@@ -74,12 +75,17 @@ def spend_night(args: argparse.Namespace, ahead: bool, slots: int) -> list[tuple
             stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
     server.shutdown()
-    runs = [tuple(run) for run in json.loads(done.stdout.splitlines()[-1]) if run[0]]
-    return [run for run in runs if run[3]["status"] == "ok"]
+    runs = [tuple(run) for run in json.loads(done.stdout.splitlines()[-1])]
+    if args.report:
+        facts = {"slots": slots, "budget": float(args.budget), "reply": args.reply,
+                 "experiments": args.experiments, "runs": runs}  # fmt: skip
+        args.report.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return runs
 
 
 def tell(title: str, runs: list[tuple], args: argparse.Namespace, slots: int) -> float:
-    """Print where the slots' seconds went; returns experiments per hour."""
+    """Print where the slots' seconds went after the baseline; returns experiments per hour."""
+    runs = [run for run in runs if run[0] and run[3]["status"] == "ok"]
     first, last = min(run[1] for run in runs), max(run[2] for run in runs)
     whole, n = slots * (last - first), len(runs)
     spent = {"training": sum(run[3]["training_wall_seconds"] for run in runs),
@@ -105,7 +111,10 @@ def main() -> None:
     parser.add_argument("--reply", type=float, default=5.0, help="seconds of the scripted model")
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="nothing to compare with")
+    parser.add_argument("--report", type=Path, help="write the night's runs, with --alone")
     args = parser.parse_args()
+    if args.report and not args.alone:
+        parser.error("--report is of one night: add --alone")
     ahead = tell("thinking ahead", spend_night(args, True, args.slots), args, args.slots)
     if args.alone:
         return
