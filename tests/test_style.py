@@ -20,7 +20,7 @@ CEILINGS = {
     "journal.py": 610,
     "researcher.py": 715,
     "program.md": 120,
-    "README.md": 172,
+    "README.md": 185,
 }
 PYTHON = [name for name in CEILINGS if name.endswith(".py")]
 
