@@ -271,8 +271,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, mask):
         """Tokens (B, T) to the normed output of the last layer (B, T, width)."""
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
-        dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
-        with torch.autocast(tokens.device.type, dtype, enabled=tokens.is_cuda):
+        dtype = torch.bfloat16 if tokens.is_cuda else self.embedding.weight.dtype
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
             x = self.embedding(tokens)  # (B, T, width)
             for n, table in enumerate(self.ngrams, 2):
                 x = x + table(hashed_ngrams(tokens, n))

@@ -49,7 +49,6 @@ BLOCK = """\
 """
 EMBEDDING = "        self.embedding = nn.Embedding(V, width)\n"
 AUTOCAST = "torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)"
-HIDDEN = "return norm(x).to(torch.bfloat16 if tokens.is_cuda else torch.float32)"
 LOGITS = "return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)"
 LOSS = """\
         hidden = self.hidden(tokens, mask).flatten(0, 1)  # (B * T, width)
@@ -132,7 +131,6 @@ NO_NGRAMS = ('NGRAM_ORDER = {"cpu": 3', 'NGRAM_ORDER = {"cpu": 1')
 ONE_LAYER = [('DEPTH = {"cpu": 2', 'DEPTH = {"cpu": 1')]
 BFLOAT16 = [
     (TO_DEVICE, "    model.bfloat16().to(device)\n"),
-    (HIDDEN, "return norm(x)"),
     (LOGITS, "return SOFTCAP * torch.tanh(logits / SOFTCAP)"),
 ]
 AUTOCAST_BFLOAT16 = (AUTOCAST, "torch.autocast(tokens.device.type, torch.bfloat16)")
@@ -303,8 +301,8 @@ h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
     "gradient_checkpointing": [
         ("from torch import nn\n",
          "from torch import nn\nfrom torch.utils.checkpoint import checkpoint\n"),
-        ("x = block(x, table(tokens) if table else None, cos, sin, mask)",
-         "values = table(tokens) if table else None\n                "
+        ("x = block(x, table(tokens).to(dtype) if table else None, cos, sin, mask)",
+         "values = table(tokens).to(dtype) if table else None\n                "
          "x = checkpoint(block, x, values, cos, sin, mask, use_reentrant=False)"),
     ],
     # Optimizers and schedules
