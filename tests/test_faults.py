@@ -273,7 +273,7 @@ def while_training(checkout, number, *arguments, env=None):
 
 @pytest.mark.slow
 def test_a_proposal_that_was_paid_for_outlives_an_adoption_and_a_kill(quick, api):
-    stand_in(quick, 2.0)
+    stand_in(quick, 6.0)
     server = api(idea(0.7), idea(0.8))
     command = ("--experiments", "2")
     started = while_training(quick, 1, *command, env=server.env)

@@ -33,7 +33,7 @@ GROUP = 14  # changes that share a night, and so a baseline
 ROTATION = "q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))"
 ATTENTION = """\
         if self.window < T and isinstance(mask, BlockMask):
-            y = flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask)
+            y = flex_attention(q, k, v, block_mask=mask)
         elif self.window < T:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -182,7 +182,7 @@ def main():
 # ---------------------------------------------------------------------------
 
 CHANGES = {
-    "nothing_but_a_name": [("is_cuda else torch.float32)\n", "is_cuda else torch.float)\n")],
+    "nothing_but_a_name": [("is_cuda else self.embedding.weight.dtype\n", "is_cuda else self.head.weight.dtype\n")],
     # Sizes
     "one_layer": ONE_LAYER,
     "no_ngrams": [NO_NGRAMS],
