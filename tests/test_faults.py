@@ -44,7 +44,8 @@ if os.path.exists(os.path.dirname(__file__) + "/broken"):
     sys.exit("error: broken\\nhint: mend it")
 source, suffix = open(args.folder + "/train.py").read(), f"-{args.run}" if args.run != "1" else ""
 open(f"{args.folder}/run{suffix}.log", "w").write("step 1\\n")
-time.sleep(STEP)
+if "--screen" not in words:
+    time.sleep(STEP)
 print("trained", flush=True)
 value = float(re.search(r"SHARPNESS = (.*)", source)[1])
 result = {"status": "ok", "reason": "", "seed": int(args.seed)}
@@ -273,7 +274,7 @@ def while_training(checkout, number, *arguments, env=None):
 
 @pytest.mark.slow
 def test_a_proposal_that_was_paid_for_outlives_an_adoption_and_a_kill(quick, api):
-    stand_in(quick, 6.0)
+    stand_in(quick, 2.0)
     server = api(idea(0.7), idea(0.8))
     command = ("--experiments", "2")
     started = while_training(quick, 1, *command, env=server.env)

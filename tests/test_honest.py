@@ -182,7 +182,7 @@ def main():
 # ---------------------------------------------------------------------------
 
 CHANGES = {
-    "nothing_but_a_name": [("is_cuda else self.embedding.weight.dtype\n", "is_cuda else self.head.weight.dtype\n")],
+    "nothing_but_a_name": [("self.embedding.weight.dtype\n", "self.head.weight.dtype\n")],
     # Sizes
     "one_layer": ONE_LAYER,
     "no_ngrams": [NO_NGRAMS],
