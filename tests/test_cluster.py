@@ -51,7 +51,7 @@ class Ray:
     def end(self):
         """Take it down, and see that nobody of it is left."""
         self.cluster.shutdown()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         shutil.rmtree(self.temporary)
@@ -108,7 +108,7 @@ def start(ray):
         process.communicate()
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=240):  # beside other tests, on two cores
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None, process.stderr.read()
@@ -240,7 +240,7 @@ def test_a_node_that_cannot_prepare_rows_ends_it_with_two_lines(ray, checkout, t
 @slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_whoever_ends_it_leaves_no_referee_on_a_node(ray, checkout, start, end):
-    sleep = "    import time; time.sleep(60 * (SHARPNESS != 0.5)); finish(model"
+    sleep = "    import time; time.sleep(600 * (SHARPNESS != 0.5)); finish(model"
     checkout.write_train(TOY.replace("    finish(model", sleep))
     checkout.commit_all()
     base = (checkout.folder / "train.py").read_text()
@@ -251,12 +251,12 @@ def test_whoever_ends_it_leaves_no_referee_on_a_node(ray, checkout, start, end):
     wait_for(lambda: baseline.exists() and len(referees(ray)) >= 4, night)
     night.send_signal(end)
     begun = time.monotonic()
-    said = night.communicate(timeout=30)[1]
+    said = night.communicate(timeout=90)[1]
     if end == signal.SIGKILL:
         assert night.returncode == -signal.SIGKILL
     else:
         assert night.returncode == 130 and "goes on from here" in said, said
     while left := referees(ray):
-        assert time.monotonic() < begun + 20, left
+        assert time.monotonic() < begun + 60, left
         time.sleep(0.1)
     print(f"{end.name}: nobody is left after {time.monotonic() - begun:.1f} s")
