@@ -28,7 +28,7 @@ from conftest import PROGRAM, TOY, TRUSTED, Checkout, Fault, late, proposal, sh
 
 import journal
 
-KILLS = int(os.environ.get("KILLS", 5))  # CI has 100; from 20, before each point and after it
+KILLS = int(os.environ.get("KILLS", 5))  # CI has 50; from 20, before each point and after it
 # Reads the score in train.py itself. STEP seconds are what a training would take.
 STAND_IN = """\
 import argparse, json, os, re, sys, time
