@@ -735,7 +735,7 @@ def main() -> int:
     add("--model", default=MODEL, metavar="NAME", help=f"of the Anthropic API, default {MODEL}")
     add("--corpus", metavar="PATH", help="text, JSONL or Parquet to train on")
     add("--budget", metavar="SECONDS", help="of training per run, default the scale's")
-    add("--slots", type=count, metavar="N", help="runs at a time, default one per GPU")
+    add("--slots", type=count, metavar="N", help="runs at a time, default one per GPU or two cores")
     add("--gpus", type=indices, metavar="0,1", help="to run on, one run each, default all")
     add("--ray", metavar="ADDRESS", help="of a Ray cluster to run on, or auto: where this runs")
     add("--unconfined", action="store_true", help="let train.py run without a cage: your own risk")

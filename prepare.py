@@ -573,7 +573,7 @@ def batches(
     if not 0 < batch_size <= len(rows):
         raise ValueError(f"batch_size {batch_size} is not between 1 and {len(rows)} rows")
     clock = cpu_seconds if scale.clock == "cpu" else time.monotonic
-    queued: list[torch.cuda.Event] = []
+    copied: torch.cuda.Event | None = None  # the batch before, and what was queued until then
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     for epoch in itertools.count():
@@ -581,11 +581,11 @@ def batches(
         for first in range(0, len(rows) - batch_size + 1, batch_size):
             batch = torch.from_numpy(rows[order[first : first + batch_size]].astype(np.int64))
             if device.type == "cuda":  # the clock runs ahead of queued work by one batch, no more
-                batch = batch.pin_memory().to(device, non_blocking=True)
-                queued.append(torch.cuda.Event())
-                queued[-1].record()
-                if len(queued) > 1:
-                    queued.pop(0).synchronize()
+                batch, before = batch.pin_memory().to(device, non_blocking=True), copied
+                copied = torch.cuda.Event()
+                copied.record()
+                if before:
+                    before.synchronize()
             elif device.type != "cpu":
                 getattr(torch, device.type).synchronize()
             SPENT.started = SPENT.started or (clock(), time.monotonic())

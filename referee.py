@@ -47,8 +47,7 @@ if TYPE_CHECKING:  # heavy
     from prepare import LogitsOf
 
 ROOT = Path(__file__).resolve().parent
-# Beyond the budget: the last step, the way out, and on a GPU the first answer, which loads kernels.
-OVERRUN_SHARE, OVERRUN_SECONDS = 0.03, {"cpu": 1.0, "wall": 4.0, "tokens": 4.0}
+OVERRUN_SHARE, OVERRUN_SECONDS = 0.03, 1.0  # of the budget: the last step, and the way out
 STALL_SHARE, STALL_SECONDS = 5.0, 30.0  # wall clock of a CPU budget on a busy machine, and more
 EVALUATION_SECONDS = 900.0  # wall clock that train.py has for all its answers
 ANSWERS_SECONDS = 2.0  # by the budget's clock, beyond what the agent allows for all answers
@@ -359,7 +358,7 @@ class Confined:
         except (BrokenPipeError, ConnectionResetError):
             raise Crash(self.last_words()) from None
         budget = math.inf if scale.clock == "tokens" else scale.budget
-        self.slack = budget * OVERRUN_SHARE + OVERRUN_SECONDS[scale.clock]
+        self.slack = budget * OVERRUN_SHARE + OVERRUN_SECONDS
         stalled = (budget + self.slack) * STALL_SHARE + STALL_SECONDS
         timeout = min(timeout - wall_begun, stalled)
         late = "trained on after the end of the budget"

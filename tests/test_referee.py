@@ -74,12 +74,12 @@ class StandingBy:
             time.sleep(0.05)
         raise AssertionError(self.process.stderr.read())
 
-    def run(self, number, source):
+    def run(self, number, source, *words):
         """Hand train.py over; result.json and run.log."""
         folder = self.folder / f"{number}"
         folder.mkdir()
         (folder / "train.py").write_text(source)
-        self.process.stdin.write(json.dumps([str(folder), "--seed", "5"]) + "\n")
+        self.process.stdin.write(json.dumps([str(folder), "--seed", "5", *words]) + "\n")
         self.process.stdin.flush()
         while self.process.poll() is None:  # its stdin stays open, or the run would be ended
             time.sleep(0.05)
@@ -148,6 +148,20 @@ def test_what_stands_by_and_dies_is_replaced_and_blamed_on_nobody(standing_by):
     assert result["status"] == "ok", result
 
 
+def test_what_was_loaded_from_another_trusted_file_does_not_run(standing_by, checkout):
+    """Though it is back in its place by the time of the run, as after `git checkout x; ... -`."""
+    path = checkout.folder / "prepare.py"
+    right, hashed = path.read_text(), "import prepare; print(prepare.trusted_hash())"
+    wanted = sh(sys.executable, "-c", hashed, cwd=checkout.folder, env=checkout.env).stdout.strip()
+    path.write_text(right + "# another\n")
+    waiting = standing_by(TOY)
+    waiting.await_warm()
+    path.write_text(right)
+    with pytest.raises(AssertionError, match="trusted file changed while a run was made ready"):
+        waiting.run(1, TOY, "--trusted", wanted)
+    assert not (waiting.folder / "1/result.json").exists()
+
+
 def test_it_leaves_nobody_when_it_is_not_needed(standing_by):
     waiting = standing_by("import os\n" + TELLS)
     waiting.await_warm()
@@ -178,6 +192,9 @@ def screen(tmp_path, environment, source, **more):
 REAL = (ROOT / "train.py").read_text(encoding="utf-8")
 ROWS_A_PASS = 'DEVICE_BATCH_SIZE = {"cpu": 32, "gpu": '
 UNEVEN = REAL.replace(f"{ROWS_A_PASS}32", f"{ROWS_A_PASS}48")
+SCHEDULED = "        set_schedules("
+ACTS_LATE = REAL.replace(SCHEDULED, f"        late = progress > 0.8\n{SCHEDULED}")
+ACTS_LATE = ACTS_LATE.replace("    finish(model,", "    assert late\n    finish(model,")
 WIDE_GATE = REAL.replace("x[..., :VALUE_GATE_CHANNELS]", "x[..., : VALUE_GATE_CHANNELS + 1]")
 
 
@@ -185,11 +202,12 @@ WIDE_GATE = REAL.replace("x[..., :VALUE_GATE_CHANNELS]", "x[..., : VALUE_GATE_CH
     "source, reason",
     [
         (REAL, ""),
+        (ACTS_LATE, ""),
         (UNEVEN, "not whole passes of 48 rows"),
         (WIDE_GATE, "RuntimeError: mat1 and mat2 shapes"),
         (REAL.replace("model = build_model()", "model = build_modl()"), "NameError"),
     ],
-    ids=["the best", "uneven at another scale", "shapes", "a name"],
+    ids=["the best", "acts late", "uneven at another scale", "shapes", "a name"],
 )
 def test_what_fails_within_two_steps_is_told_apart(tmp_path, cpu_rows, source, reason):
     result = screen(tmp_path, cpu_rows, source, AUTORESEARCH_IMPORT="gpu")

@@ -1315,6 +1315,43 @@ time.sleep(20)
     assert "held so far" in done.log
 
 
+SOCKETS = """
+import ctypes, json, os, socket, sys
+sys.path.insert(0, sys.argv[1])
+import warden
+warden.call(warden.libc.prctl, warden.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+warden.apply_seccomp(warden.seccomp_program(same_user=False, gpu=sys.argv[2] == "gpu"))
+made, name = [], f"\\0{os.getpid()}"
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_NETLINK):
+    for kind in range(1, 6):
+        try:
+            end = socket.socket(family, kind)
+        except OSError:
+            continue
+        made.append([int(family), kind])
+        end.bind(name)
+        end.listen()
+        for attempt in (lambda: socket.socket(family, kind).connect(name), end.accept,
+                        lambda: socket.socket(family, kind).sendto(b"x", name)):
+            try:
+                attempt()
+                made.append(str(attempt))
+            except OSError:
+                pass
+made.append(len(socket.socketpair()))
+print(json.dumps(made))
+"""
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_with_a_gpu_one_kind_of_socket_listens_and_nobody_reaches_it(gpu):
+    """CUDA opens one of AF_UNIX, SOCK_SEQPACKET."""
+    command = [sys.executable, "-c", SOCKETS, str(WARDEN.parent), "gpu" if gpu else "none"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ([[1, 5]] if gpu else []) + [2]
+
+
 HOLD_MEMORY = {
     "mapped": "hold()",
     "in children": "if os.fork() == 0: hold(); live()",
