@@ -466,6 +466,8 @@ class Night:
         finally:
             STOP.set()
             wait([*self.tasks, *([self.thinking] if self.thinking else [])], 30)
+            if self.thinking and self.thinking.done() and not self.thinking.exception():
+                self.take_proposal()  # it is paid for
             for slot in self.args.slots:
                 if slot.warm:
                     slot.warm.stop()

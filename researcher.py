@@ -639,6 +639,8 @@ class Claude:
         self.api = Api(args.model, self.may_ask, self.spend)
 
     def may_ask(self) -> None:
+        if STOP.is_set():  # nothing more is paid for
+            raise KeyboardInterrupt
         if self.args.usd is not None and not self.run.spent["cost_usd"] < self.args.usd:
             raise CapReached(f"the run has spent its ${self.args.usd:g}")
         if time.monotonic() > self.args.until:

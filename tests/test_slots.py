@@ -143,6 +143,25 @@ def test_ctrl_c_ends_all_slots(slow):
     assert not left.stdout
 
 
+@pytest.mark.slow
+def test_an_idea_that_is_being_tried_out_outlives_ctrl_c(tmp_path, cache, api):
+    checkout = Checkout(tmp_path / "checkout", cache)  # with the real referee, which takes longer
+    server, command = api(idea(0.6)), ["agent.py", "--tag", "t", "--experiments", "1"]
+    started = subprocess.Popen(
+        [sys.executable, *command], cwd=checkout.folder, env=checkout.env | server.env,
+        stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    while not list(checkout.folder.glob("runs/t/screen-*/train.py")):
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == 130, said
+    done = checkout.agent(*command[1:], env=server.env)
+    assert done.returncode == 0 and "going on with experiment 1: to 0.6" in done.stderr
+    assert len(server.requests) == 1 and checkout.rows()[1]["description"] == "to 0.6"
+
+
 def test_the_baseline_is_run_as_often_on_every_slot(tmp_path, cache):
     checkout = Checkout(tmp_path / "checkout", cache, baseline_runs=3)
     stand_in(checkout, 0.3)
