@@ -1203,6 +1203,18 @@ def test_the_end_of_stdin_ends_all(cage, attack):
     assert cage.finish().status == 124
 
 
+def test_on_one_core_it_lets_them_die(cage):
+    """As in a slot: its own priority must not keep the core from those that it has killed."""
+    core = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); "
+    code = core + "os.execvp(__import__('sys').argv[1], __import__('sys').argv[1:])"
+    run = cage.start_python(PERSISTENT["daemons"], parent=[sys.executable, "-I", "-c", code])
+    run.await_word("ready")
+    run.process.stdin.close()
+    assert run.everybody_is_gone(within=3)
+    run.process.wait(timeout=3)
+    assert cage.finish().status == 124
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_warden_ends_all(cage, number):
     run = cage.start_python(PERSISTENT["daemons"])
