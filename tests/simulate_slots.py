@@ -551,10 +551,10 @@ def predict(learned: Path, real: Path) -> None:
 
     def rate(title: str, scored: dict, seed: int) -> float:
         found = Simulation(known, night["slots"], seed, None, args.experiments, scored).spend()
-        return bench_loop.tell(title, found.runs, args, night["slots"])
+        return bench_loop.tell(title, found.runs, args, night["slots"])[0]
 
     print(known)
-    was = bench_loop.tell("measured", night["runs"], args, night["slots"])
+    was = bench_loop.tell("measured", night["runs"], args, night["slots"])[0]
     rates = [rate(f"simulated, seed {seed}", scored, seed) for seed in range(1, 6)]
     with redirect_stdout(None):
         free = [rate("", {}, seed) for seed in range(1, 41)]
