@@ -559,6 +559,7 @@ def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
         result["answers_seconds"] = sum(confined.taken)
         result["status"] = "ok"
     except (Crash, torch.OutOfMemoryError) as crash:
+        prepare.check_rows(rows, ["train.bin", *prepare.SCORED], args.manifest)  # may be the cause
         result["reason"] = " ".join(str(crash).split())[:300]
     finally:
         confined.end()

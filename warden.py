@@ -747,7 +747,7 @@ def parse() -> argparse.Namespace:
     add("--fd", type=int, action="append", default=[], metavar="N", help="to pass on")
     add("--log", type=Path, default="run.log", metavar="FILE")
     add("--seconds", type=float, default=math.inf, metavar="S", help="of wall clock, at most")
-    add("--memory", type=float, default=math.inf, metavar="GB", help="at most, of all there is")
+    add("--memory", type=float, default=math.inf, metavar="GB", help="mapped, at most")
     add("--attack", help=argparse.SUPPRESS)
     add("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()

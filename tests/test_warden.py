@@ -1374,6 +1374,8 @@ HOLD_MEMORY = {
 @pytest.mark.parametrize("whose", ["the machine's", "a slot's"])
 @pytest.mark.parametrize("how", first(1, HOLD_MEMORY))
 def test_too_much_memory_ends_the_run(some_means, make_cage, tmp_path, how, whose):
+    if (how, whose) == ("in memfds", "a slot's"):
+        pytest.skip("what is not mapped counts for the machine only")
     available = warden.memory_available()
     if available < 6 * 2**30:
         pytest.skip(f"only {available / 2**30:.1f} GiB of memory are available")
