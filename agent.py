@@ -70,16 +70,8 @@ from journal import (
     write_commit,
 )
 from prepare import SetupError, corpus_files, hide_memory, scale_named, write_atomic
-from researcher import (
-    MODEL,
-    CapReached,
-    Edit,
-    Proposal,
-    Proposer,
-    Rejected,
-    choose_proposer,
-    complete,
-)
+from proposals import Edit, Proposal, Proposer, Rejected, complete, identify
+from researcher import MODEL, CapReached, choose_proposer
 from slots import (
     Slot,
     Task,
@@ -160,6 +152,7 @@ def run_and_judge(run: Run, task: Task) -> None:
             done.status = "discard"
         elif done.status != "crash":
             rule = (done.values, best, sigma, lowest, simpler, hidden_gain(run, task))
+            done.gain = best - done.val_bpb()
             done.status, done.reason = judge(*rule)
 
 
@@ -250,6 +243,8 @@ def add_run(done: Experiment, result: dict[str, Any]) -> None:
     done.hidden.append(result.get("hidden_bpb"))
     done.memory_gb = max(done.memory_gb, result["peak_vram_mb"] / 1024)
     done.tokens_M, done.steps = result["total_tokens_M"], result["num_steps"]
+    done.params_M = result.get("num_params_M", 0.0)
+    done.printed, done.curve = result.get("printed", ""), result.get("curve", [])
     done.answers_seconds = max(done.answers_seconds, result["answers_seconds"])
     done.start_seconds = max(done.start_seconds, result["start_seconds"])
     trained = result["start_wall_seconds"] + result["training_wall_seconds"]
@@ -264,6 +259,8 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
     """
     parent = parent or (run.best().commit if run.history else run.start)
     done.order = 1 + max((e.order for e in run.history), default=0)
+    old = run.source_at(parent)
+    identify(done, old if source is None else source, old, run.scale["name"])
     commit = patiently(write_commit, source, parent, commit_message(done, run.settings()))
     ref = f"refs/autoresearch/{run.tag}/{done.number}"
     if done.number == 0 or done.status == "measure":
@@ -566,8 +563,10 @@ class Night:
     def take_up(self, proposal: Proposal) -> Task | None:
         """A proposal on top of the best of now; None if it does not fit there."""
         run = self.run
-        shared = ("description", "hypothesis", "proposer", "saw", *proposal.bill())
+        shared = ("description", "hypothesis", "proposer", "kind", "combines", "idea", "saw",
+                  "model", *proposal.bill())
         done = Experiment(proposal.number, **{name: getattr(proposal, name) for name in shared})
+        done.base = run.best().number
         try:
             complete(proposal, run)
         except Rejected as rejection:
@@ -715,6 +714,12 @@ def amount(text: str) -> float:
     return float(text)
 
 
+def share(text: str) -> float:
+    if amount(text) > 1:
+        raise ValueError
+    return float(text)
+
+
 def count(text: str) -> int:
     amount(text)
     return int(text)
@@ -734,7 +739,9 @@ def main() -> int:
     add("--tag", metavar="NAME", help="the run to start or to go on with")
     add("--proposer", choices=("claude", "sampler"), help="default: claude if there is a key")
     add("--patches", nargs="+", type=Path, metavar="FILE", help="try your diffs or train.py files")
-    add("--model", default=MODEL, metavar="NAME", help=f"of the Anthropic API, default {MODEL}")
+    add("--model", default=MODEL, metavar="NAME",
+        help=f"of the Anthropic API, default {MODEL};\nA,B: B after 3 drops in a row")
+    add("--mix", type=share, default=0.0, metavar="SHARE", help="of experiments, by the sampler")
     add("--corpus", metavar="PATH", help="text, JSONL or Parquet to train on")
     add("--budget", metavar="SECONDS", help="of training per run, default the scale's")
     add("--slots", type=count, metavar="N", help="runs at a time, default one per GPU or two cores")

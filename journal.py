@@ -51,6 +51,7 @@ NO_SPACE = re.compile("No space left|Disk quota exceeded")  # in git's words
 LOCK_SECONDS = 60.0  # that git may hold a ref; after it, git died with it
 TORN = 7  # characters of a row's beginning, by which it is known
 LOG_BYTES, LOGS_KEPT = 2_000_000, 3
+CURVE = (10, 25, 50, 75, 100)  # % of the budget
 ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever it scores
 LOG = logging.getLogger("autoresearch")
 HELD: list[Any] = []  # locks, for as long as this process lives
@@ -67,8 +68,14 @@ class Experiment:
     hypothesis: str = ""
     proposer: str = ""
     cost_usd: float = 0.0
-    tokens_in: int = 0  # of the language model
+    tokens_in: int = 0  # of the language model, all that it read
+    tokens_cached: int = 0  # of these, read from its cache
+    tokens_written: int = 0  # of these, written to it
     tokens_out: int = 0
+    model: str = ""
+    kind: str = ""  # tune, structure, remove, combine or retry
+    combines: list[int] = field(default_factory=list)  # experiments whose edits it takes together
+    idea: str = ""  # the line of ideas.md that it takes up
     status: str = ""  # keep, discard, crash or measure
     reason: str = ""
     runs: int = 0  # that are judged
@@ -79,6 +86,15 @@ class Experiment:
     after: int = 0  # for a measurement: the last experiment before it
     order: int = 0  # in which verdicts were given; numbers are given when an idea is had
     saw: int = 0  # the verdicts that its proposer knew of
+    base: int = 0  # the experiment that it was made of
+    gain: float | None = None  # val_bpb below the mean of that, as it was when this was judged
+    program: str = ""  # its syntax tree, as a hash
+    skeleton: str = ""  # the same without the values of the knobs
+    knobs: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, list[float]] = field(default_factory=dict)  # knobs: before, after
+    places: list[str] = field(default_factory=list)  # definitions that it changes
+    printed: str = ""  # what train.py said before its first step
+    curve: list[float] = field(default_factory=list)  # training loss at CURVE of the budget
     memory_gb: float = 0.0
     seconds: float = 0.0  # wall clock of all runs
     start_seconds: float = 0.0  # of the scale's clock, to the first batch, in the slowest run
@@ -87,6 +103,7 @@ class Experiment:
     silence_seconds: float = 0.0  # without a word in the log, at most
     tokens_M: float = 0.0  # trained on in a run
     steps: float = 0.0
+    params_M: float = 0.0
     commit: str = ""
 
     def val_bpb(self) -> float:
@@ -370,7 +387,7 @@ class Run:
         patiently(write_atomic, path, [text.encode()])
 
     def booked(self) -> Counter[str]:
-        names = ("cost_usd", "tokens_in", "tokens_out")
+        names = ("cost_usd", "tokens_in", "tokens_cached", "tokens_written", "tokens_out")
         return Counter({name: sum(getattr(e, name) for e in self.history) for name in names})
 
     def take_bill(self) -> dict[str, float]:
@@ -416,9 +433,12 @@ class Run:
         return statistics.fmean(self.values_of(number))
 
     def source_of(self, experiment: Experiment) -> str:
-        if experiment.commit not in self.sources:
-            self.sources[experiment.commit] = read_train(experiment.commit)
-        return self.sources[experiment.commit]
+        return self.source_at(experiment.commit)
+
+    def source_at(self, commit: str) -> str:
+        if commit not in self.sources:
+            self.sources[commit] = read_train(commit)
+        return self.sources[commit]
 
     def sigma(self) -> float:
         """Run-to-run standard deviation: the scale's prior, updated by every repeated run.
@@ -432,11 +452,18 @@ class Run:
             by_number.setdefault(e.number, []).append(e)
         most = math.inf
         for values in map(undisturbed, by_number.values()):
-            mean = statistics.fmean(values or [0])
+            if len(values) < 2:
+                continue
+            mean = statistics.fmean(values)
             squares += sum(min(most, (value - mean) ** 2) for value in values)
-            freedom += max(0, len(values) - 1)
+            freedom += len(values) - 1
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
         return math.sqrt(squares / freedom)
+
+    def drops(self) -> int:
+        """Experiments since the last keep."""
+        tried = self.experiments()
+        return next((n for n, e in enumerate(reversed(tried)) if e.status == "keep"), len(tried))
 
     def since_keep(self) -> int:
         """Candidates since the last keep or measurement of the best."""
@@ -455,7 +482,7 @@ def undisturbed(experiments: list[Experiment]) -> list[float]:
 @cache
 def fingerprint(source: str) -> str:
     """Identity of a program: its syntax tree, so that comments and layout do not count."""
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
 
 
 def node_count(source: str) -> int:
@@ -576,7 +603,8 @@ def show_result(run: Run, done: Experiment) -> None:
     change = ""
     if run.history and not math.isnan(done.val_bpb()):
         change = f"{done.val_bpb() - run.mean_of(run.best().number):+.6f}"
-    cost = f"{done.tokens_in / 1e3:.1f}k+{done.tokens_out / 1e3:.1f}k tokens ${done.cost_usd:.3f}  "
+    cost = (f"{done.tokens_in / 1e3:.1f}k ({done.tokens_cached / 1e3:.1f}k cached) + "
+            f"{done.tokens_out / 1e3:.1f}k tokens ${done.cost_usd:.3f}  ")
     cost = cost if done.tokens_out else ""
     why = f" ({done.reason})" if done.reason else ""
     line = (f"{done.number:4d}  {done.status:7}  {done.val_bpb():8.6f}  {change:9}  "
@@ -600,5 +628,8 @@ def show_end(run: Run, reason: str) -> None:
     say(f"stopped: {reason}; {len(run.experiments())} experiments, {kept} kept, val_bpb "
         f"{run.mean_of(0):.6f} → {run.mean_of(run.best().number):.6f}, sigma {run.sigma():.6f}"
         + (f", {tokens / 1e6:.2f} M tokens, ${spent:.2f}" if tokens else ""))
+    if spent:
+        each = f"${spent / max(1, len(run.experiments())):.3f} an experiment"
+        say(each + (f", ${spent / kept:.2f} a kept commit" if kept else ", no commit kept"))
     if kept:
         say(f"take what was kept: git cherry-pick {run.start[:7]}..autoresearch/{run.tag}")

@@ -23,9 +23,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from journal import (
+    CURVE,
     NO_SPACE,
     ROOT,
     STOP,
@@ -40,7 +42,7 @@ from journal import (
     say,
 )
 from prepare import SetupError, trusted_hash, write_atomic
-from researcher import Proposal
+from proposals import Proposal
 from warden import DISK_IS_FULL, MEMORY_SHARE, PASSED_ON, memory_available
 
 if TYPE_CHECKING:  # heavy, and no part of the installation
@@ -160,7 +162,20 @@ def train_once(
             if failures > FAILURES:
                 crash = {"status": "crash", "reason": problem, "total_seconds": 0.0}
                 patiently(write_atomic, path, [json.dumps(crash).encode()])
-    return result
+    return result | read_log(folder / f"run{suffix}.log")
+
+
+def read_log(log: Path) -> dict[str, Any]:
+    """What a train.py has printed, as far as it says so: of itself first, and losses on its way.
+
+    The loss at a share of the budget is the mean of those in the twentieth before it.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = re.findall(r"\((\d{1,3})%\).{0,20}?loss (\d{1,4}\.\d{1,9})", text)
+    losses = [(int(percent), float(loss)) for percent, loss in found]
+    near = [[loss for percent, loss in losses if at - 5 <= percent <= at] for at in CURVE]
+    said = one_line(text[:1000].partition("\nstep ")[0], 300) if losses else ""
+    return {"printed": said, "curve": [fmean(each) for each in near] if all(near) else []}
 
 
 def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -> str:

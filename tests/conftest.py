@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PROGRAM = ("agent.py", "cluster.py", "journal.py", "researcher.py", "slots.py")
+PROGRAM = ("agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "researcher.py",
+           "slots.py")  # fmt: skip
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 
@@ -181,6 +182,8 @@ class ApiServer(ThreadingHTTPServer):
         """Token counts at 4 characters; what stands before a known mark is read from cache."""
         prefix, read, written = "", 0, 0
         content = request["messages"][0]["content"]
+        if isinstance(content, str):  # asked plainly
+            return {"input_tokens": len(content) // 4}
         for block in [*request["system"], *content]:
             prefix += block["text"]
             if "cache_control" in block:

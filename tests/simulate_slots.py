@@ -39,8 +39,8 @@ import bench_loop  # noqa: E402
 
 import agent  # noqa: E402
 import journal  # noqa: E402
-import researcher  # noqa: E402
-from researcher import Edit, Proposal  # noqa: E402
+import proposals  # noqa: E402
+from proposals import Edit, Proposal  # noqa: E402
 
 # Seconds of a call in the main thread, by --measure-git: medians on the README's 2 cores.
 CALLS = {"git": 0.0019, "sync_git": 0.0003, "fsync": 0.0003, "complete": 0.015}
@@ -279,7 +279,7 @@ class Simulation:
         screen = {"say": self.said.append, "show_result": self.see_verdict}
         loop = {"in_thread": self.in_thread, "wait": self.clock.wait, "STOP": threading.Event(),
                 "train_once": self.train_once, "sync_git": sync_git,
-                "complete": self.costly("complete", researcher.complete)}  # fmt: skip
+                "complete": self.costly("complete", proposals.complete)}  # fmt: skip
         with ExitStack() as stack:
             enter = stack.enter_context
             enter(mock.patch.multiple(agent, **here, **loop, **screen))
@@ -353,7 +353,7 @@ class Simulation:
         self.clock.sleep(spread(choose, self.assumed.reply, self.assumed.reply_spread))
         proposal = Proposal(f"idea {idea}", "", [edit], "virtual", saw=len(run.history))
         self.ready[proposal.description] = self.clock.now
-        return researcher.complete(proposal, run)
+        return proposals.complete(proposal, run)
 
     def value(self, source: str) -> float:
         """val_bpb of a train.py without noise."""
@@ -366,7 +366,8 @@ class Simulation:
         choose = random.Random(f"{self.seed} run {count} {task.source}")
         val_bpb = self.value(task.source) + choose.gauss(0, known.sigma)
         result = {"status": "ok", "reason": "", "val_bpb": val_bpb, "disturbed": "",
-                  "peak_vram_mb": 45_000.0, "num_steps": 950, "training_seconds": known.budget,
+                  "peak_vram_mb": 45_000.0, "num_steps": 950, "num_params_M": 80.9,
+                  "training_seconds": known.budget,
                   "total_tokens_M": 500 * spread(choose, 1, known.speed_spread),
                   "hidden_bpb": val_bpb}  # fmt: skip
         result |= self.scored.get((task.done.number, count), {})

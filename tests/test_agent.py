@@ -15,9 +15,9 @@ import pytest
 from conftest import TOY, late, proposal
 
 import journal
-import researcher
+import proposals
 from agent import judge
-from researcher import Edit, Rejected, apply_edits, read_knobs
+from proposals import Edit, Rejected, apply_edits, read_knobs
 
 # ---------------------------------------------------------------------------
 # The keep rule
@@ -143,7 +143,7 @@ def test_knobs_are_the_numbers_above_the_first_definition():
 
 def test_setting_knobs_changes_their_literals_only():
     knobs = read_knobs(KNOBS, "cpu")
-    changed = researcher.set_knobs(
+    changed = proposals.set_knobs(
         KNOBS, {knobs["RATE"]: 0.05, knobs["DEPTH"]: 3, knobs["BETAS[1]"]: 0.9}
     )
     expected = KNOBS.replace("0.04", "0.05").replace('"cpu": 2', '"cpu": 3').replace("0.95", "0.9")
@@ -153,9 +153,9 @@ def test_setting_knobs_changes_their_literals_only():
 def test_sizes_step_by_factors_of_two_and_assertions_of_divisibility_are_seen():
     knobs, scale = read_knobs(KNOBS, "cpu"), {"name": "cpu", "sequence_len": 128}
     assert knobs["SIZE"].at(2) == 4096 and knobs["SIZE"].step_of(1024) == -2
-    assert researcher.asserts_hold(KNOBS, scale)
-    assert not researcher.asserts_hold(researcher.set_knobs(KNOBS, {knobs["SIZE"]: 1024}), scale)
-    assert researcher.asserts_hold("assert __import__('os').abort()\n", scale)  # not evaluated
+    assert proposals.asserts_hold(KNOBS, scale)
+    assert not proposals.asserts_hold(proposals.set_knobs(KNOBS, {knobs["SIZE"]: 1024}), scale)
+    assert proposals.asserts_hold("assert __import__('os').abort()\n", scale)  # not evaluated
 
 
 def test_journal_message_survives_a_round_trip():
