@@ -92,6 +92,11 @@ BASELINE_RUNS = 3
 BEST_RUNS = 5  # of the best, at most, with its repeated measurements
 MEASURE_AFTER = 10  # candidates without a keep, then the best is measured again
 SUSPICIOUS_SIGMAS, SUSPICIOUS_SHARE = 10.0, 0.05
+RUNS_MOST = 4  # of an experiment, before it is dropped as not confirmed
+AT_ONCE = 3.4  # standard errors: then one run is enough
+# Of the keep rule, all by tests/simulate.py: what may be risked at first, what a keep adds, and the
+# share that one test risks.
+WEALTH, PAY, RISK_SHARE, RISK_MOST = 0.02, 2.5, 0.1, 0.2
 REPEATS = 3  # of disturbed runs, in one experiment
 CRASHES = 3  # in a row, then the best is run again, to see whose fault they are
 
@@ -101,30 +106,48 @@ CRASHES = 3  # in a row, then the best is run again, to see whose fault they are
 # ---------------------------------------------------------------------------
 
 
+def level(history: list[Experiment]) -> float:
+    """How probable a false keep may be now: much after a keep, less with every drop.
+
+    In the manner of alpha-investing (Foster and Stine 2008): each test costs what it risks, each
+    keep pays. It pays more than theirs, so that their bound does not hold; tests/simulate.py says
+    what does.
+    """
+    wealth = WEALTH
+    for e in history:
+        risk = min(RISK_MOST, RISK_SHARE * wealth)
+        if e.number and e.status == "keep" and not e.reason:
+            wealth += PAY - risk
+        elif e.number and e.status in ("keep", "discard") and e.reason != ADOPTED:
+            wealth -= risk / (1 - risk)
+    return min(RISK_MOST, RISK_SHARE * wealth)
+
+
 def judge(
-    values: list[float], best: float, sigma: float, lowest: float, simpler: bool,
-    hidden_gain: float | None = None,
+    values: list[float], best: list[float], sigma: float, risk: float, lowest: float,
+    simpler: bool, hidden_gain: float | None = None,
 ) -> tuple[str, str]:
     """The keep rule: (verdict, reason) for a candidate's val_bpb; "again" asks for one more run.
 
-    `best` is the mean of the best's runs, `lowest` the lowest val_bpb that was believed so far;
-    `simpler` says that the candidate has fewer syntax-tree nodes than the best; `hidden_gain` is
-    what it gains on the hidden split, which nobody searches on.
+    `best` are the best's own values, `risk` the level that the test is made at, `lowest` the lowest
+    val_bpb that was believed so far; `simpler` says that the candidate has fewer syntax-tree nodes
+    than the best; `hidden_gain` is what it gains on the hidden split, which nobody searches on.
     """
-    gain = best - statistics.fmean(values)
+    runs, gain = len(values), statistics.fmean(best) - statistics.fmean(values)
     if hidden_gain is not None and gain - hidden_gain > max(3 * sigma, gain / 2):
         return "discard", "suspicious: the hidden split does not show this gain"
     beyond = lowest - statistics.fmean(values)
-    if beyond > SUSPICIOUS_SIGMAS * sigma and gain > SUSPICIOUS_SHARE * best:
+    if beyond > SUSPICIOUS_SIGMAS * sigma and gain > SUSPICIOUS_SHARE * statistics.fmean(best):
         return "discard", "suspicious: too good to be true, look at it yourself"
-    as_good = simpler and gain >= -0.5 * sigma
-    if len(values) == 1:
-        if gain > 4 * sigma:
-            return "keep", ""
-        return ("again", "") if gain > 0 or as_good else ("discard", "")
-    if gain >= sigma / math.sqrt(2):
+    errors = gain / (sigma * math.sqrt(1 / runs + 1 / len(best)))
+    needed = statistics.NormalDist().inv_cdf(1 - risk)
+    if errors > (max(needed, AT_ONCE) if runs == 1 else needed):
         return "keep", ""
-    return ("keep", "simpler") if as_good else ("discard", "not confirmed")
+    if simpler and gain >= -0.5 * sigma:
+        return ("again", "") if runs == 1 else ("keep", "simpler")
+    if gain <= 0 or runs == RUNS_MOST:
+        return "discard", "not confirmed" if runs > 1 else ""
+    return "again", ""
 
 
 # ---------------------------------------------------------------------------
@@ -151,7 +174,8 @@ def run_and_judge(run: Run, task: Task) -> None:
         if not train_fairly(run, task, label, best + 0.5 * sigma):
             done.status = "discard"
         elif done.status != "crash":
-            rule = (done.values, best, sigma, lowest, simpler, hidden_gain(run, task))
+            known, risk = run.values_of(task.base.number), level(run.history)
+            rule = (done.values, known, sigma, risk, lowest, simpler, hidden_gain(run, task))
             done.gain = best - done.val_bpb()
             done.status, done.reason = judge(*rule)
 

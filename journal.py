@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -273,8 +273,9 @@ def parse_message(commit: str, message: str) -> tuple[Experiment, str]:
     """(experiment, settings) of a commit of ours: the inverse of commit_message."""
     description, *middle, trailers = message.rstrip("\n").split("\n\n")
     lines = (line.split(": ", 1) for line in trailers.splitlines())
-    facts = {name.replace("-", "_").lower(): json.loads(value) for name, value in lines}
-    facts["tokens_M"] = facts.pop("tokens_m")  # a trailer's name is in lower case
+    named = {each.name.lower(): each.name for each in fields(Experiment)}  # tokens_M as Tokens-m
+    known = ((name.replace("-", "_").lower(), json.loads(value)) for name, value in lines)
+    facts = {named.get(name, name): value for name, value in known}
     facts |= {"description": description, "hypothesis": "".join(middle), "commit": commit}
     settings = facts.pop("settings")
     return Experiment(**facts), settings

@@ -235,12 +235,16 @@ class Api:
             try:
                 reply = self.await_reply(request, streams)
                 self.failures, self.waited, self.proven = 0, 0.0, True
+                if not streams:
+                    self.spend(self.model, reply.usage)
                 return reply
             except Exception as error:  # of the SDK and all below it, whatever a server may send
-                odd = getattr(error, "status_code", 0) in (400, 422) and not self.proven
-                if odd and not self.plain:
+                odd = getattr(error, "status_code", 0) in (400, 422)
+                odd = odd or isinstance(error, AssertionError)  # the stream had no message in it
+                if odd and not self.proven and not self.plain:
                     self.plain = True
-                    say(f"asking more plainly: {one_line(words(error), 100)}")
+                    said = one_line(words(error), 100) or "the answer is no stream"
+                    say(f"asking more plainly: {said}")
                     continue
                 if is_hopeless(error):
                     raise self.refused(error) from error
@@ -259,7 +263,11 @@ class Api:
             # A forced tool_choice is refused by models that always think; the contract asks for it.
             asked = {"max_tokens": MAX_TOKENS, "tools": [PROPOSE_TOOL], **request,
                      "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
-            asked = plain(request) if self.plain else asked
+            if self.plain:
+                reply = self.client.messages.create(model=self.model, **plain(request))
+                if not hasattr(reply, "stop_reason"):
+                    raise ValueError("the answer is no message")
+                return reply
             with self.client.messages.stream(model=self.model, **asked) as stream:
                 streams.append(stream)
                 return stream.get_final_message()

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import time
 import pytest
 from conftest import TOY, late, proposal
 
+import agent
 import journal
 import proposals
 from agent import judge
@@ -26,22 +28,30 @@ from proposals import Edit, Rejected, apply_edits, read_knobs
 SIGMA = 0.01
 
 
-def verdict(*values, best=1.0, lowest=1.0, simpler=False):
-    return judge(list(values), best, SIGMA, lowest, simpler)[0]
+def verdict(*values, best=(1.0,) * 3, risk=0.1, simpler=False):
+    return judge(list(values), list(best), SIGMA, risk, 1.0, simpler)[0]
 
 
-def test_gain_above_four_sigma_is_kept_at_once():
-    assert verdict(1 - 4.1 * SIGMA) == "keep"
-    assert verdict(1 - 3.9 * SIGMA) == "again"
+def errors(count, runs=3):
+    """So many standard errors of the difference between two means."""
+    return count * SIGMA * math.sqrt(1 / runs + 1 / 3)
+
+
+def test_gain_of_over_three_standard_errors_is_kept_at_once():
+    assert verdict(1 - errors(3.5, 1)) == "keep"
+    assert verdict(1 - errors(3.3, 1)) == "again"
 
 
 def test_worse_than_the_best_is_dropped_after_one_run():
     assert verdict(1 + 0.1 * SIGMA) == "discard"
 
 
-def test_confirmation_needs_the_mean_of_two_to_gain_sigma_over_root_two():
-    assert verdict(1 - 1.0 * SIGMA, 1 - 0.42 * SIGMA) == "keep"
-    assert verdict(1 - 1.0 * SIGMA, 1 - 0.40 * SIGMA) == "discard"
+@pytest.mark.parametrize("risk, needed", [(0.1, 1.2816), (0.002, 2.8782)])
+def test_confirmation_needs_the_standard_errors_of_the_level(risk, needed):
+    for runs in (2, 3, 4):
+        assert verdict(*[1 - errors(needed + 0.01, runs)] * runs, risk=risk) == "keep"
+        weak = verdict(*[1 - errors(needed - 0.01, runs)] * runs, risk=risk)
+        assert weak == ("again" if runs < 4 else "discard")
 
 
 def test_simplification_may_lose_half_a_sigma_but_only_by_the_mean_of_two():
@@ -52,22 +62,46 @@ def test_simplification_may_lose_half_a_sigma_but_only_by_the_mean_of_two():
 
 
 def test_gain_too_good_to_be_true_is_set_aside():
-    assert judge([0.5], 1.0, SIGMA, 1.0, False)[1].startswith("suspicious")
-    assert judge([0.96], 1.0, 0.001, 1.0, False) == ("keep", "")  # under 5 %
-    assert judge([0.5], 1.0, SIGMA, 0.55, False) == ("keep", "")  # not beyond what was seen
+    best = [1.0] * 3
+    assert judge([0.5], best, SIGMA, 0.1, 1.0, False)[1].startswith("suspicious")
+    assert judge([0.96], best, 0.001, 0.1, 1.0, False) == ("keep", "")  # under 5 %
+    assert judge([0.5], best, SIGMA, 0.1, 0.55, False) == ("keep", "")  # not beyond what was seen
 
 
-def test_identical_candidates_are_rarely_kept():
-    """Twenty A/A pairs a night: the rule's false keeps, against keeping any drop."""
-    draw, kept, greedy = random.Random(1), 0, 0
-    for _ in range(2000):
-        best = statistics.fmean(draw.gauss(1, SIGMA) for _ in range(3))
-        values = [draw.gauss(1, SIGMA)]
-        greedy += values[0] < best
-        while verdict(*values, best=best) == "again":
-            values.append(draw.gauss(1, SIGMA))
-        kept += verdict(*values, best=best) == "keep"
-    assert kept < 0.6 * greedy
+def judged(*statuses):
+    """A history with these verdicts; s is a keep for being simpler."""
+    names = {"k": "keep", "d": "discard", "c": "crash", "s": "keep", "m": "measure"}
+    return [journal.Experiment(0, "", status="keep")] + [
+        journal.Experiment(n, "", status=names[status], reason="simpler" * (status == "s"))
+        for n, status in enumerate("".join(statuses), 1)
+    ]
+
+
+def test_a_keep_makes_the_next_one_easier_and_drops_make_it_harder():
+    assert agent.level(judged()) == 0.1 * 0.02
+    assert agent.level(judged("k")) == 0.2 > agent.level(judged("k", "d" * 20)) > 0.01
+    assert agent.level(judged("cm")) == agent.level(judged())  # are no tests
+    assert agent.level(judged("s")) < agent.level(judged())  # finds nothing
+    levels = [agent.level(judged("k", "d" * n)) for n in range(100)]
+    assert levels == sorted(levels, reverse=True) and levels[-1] > 0
+
+
+def test_a_night_of_fifty_candidates_without_substance_mostly_keeps_none():
+    """Whole nights of A/A pairs, by the rule and by keeping any drop."""
+    draw, none, greedy = random.Random(1), 0, 0
+    for _ in range(200):
+        best, history, lowest = [draw.gauss(1, SIGMA) for _ in range(3)], judged(), 2.0
+        for number in range(1, 51):
+            values, status = [], "again"
+            while status == "again":
+                values.append(draw.gauss(1, SIGMA))
+                status = judge(values, best, SIGMA, agent.level(history), 0.9, False)[0]
+            greedy += values[0] < lowest
+            lowest = min(lowest, values[0])
+            best = values if status == "keep" else best
+            history.append(journal.Experiment(number, "", status=status))
+        none += all(e.status == "discard" for e in history[1:])
+    assert none > 0.85 * 200 and greedy > 3 * 200
 
 
 def test_sigma_starts_from_the_prior_and_follows_repeated_runs():

@@ -5,6 +5,7 @@ It is installed from the package index, in an environment of its own: its packag
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -33,8 +34,8 @@ def free_port():
 
 @pytest.fixture
 def proxy(tmp_path):
-    """The address of a proxy that runs."""
-    home, port = tmp_path / "litellm", free_port()
+    """The environment to reach a proxy that runs."""
+    home, port, key = tmp_path / "litellm", free_port(), f"sk-{secrets.token_hex(32)}"
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     install = [home / "bin/pip", "install", "--quiet", "litellm[proxy]"]
     subprocess.run(install, check=True, timeout=400)
@@ -44,7 +45,7 @@ def proxy(tmp_path):
     log = open(tmp_path / "litellm.log", "w+")
     server = subprocess.Popen(
         [home / "bin/litellm", "--config", tmp_path / "litellm.yaml", "--port", str(port)],
-        stdout=log, stderr=log, cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)},
+        stdout=log, stderr=log, cwd=tmp_path, env=os.environ | {"LITELLM_MASTER_KEY": key},
     )  # fmt: skip
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
     while True:
@@ -55,7 +56,7 @@ def proxy(tmp_path):
             log.seek(0)
             assert server.poll() is None and time.monotonic() < deadline, log.read()[-2000:]
             time.sleep(0.5)
-    yield address
+    yield {"ANTHROPIC_BASE_URL": address, "ANTHROPIC_API_KEY": key}
     server.kill()
     server.wait()
     log.close()
@@ -63,8 +64,7 @@ def proxy(tmp_path):
 
 @pytest.mark.slow
 def test_a_night_with_litellm(checkout, proxy):
-    env = {"ANTHROPIC_BASE_URL": proxy, "ANTHROPIC_API_KEY": "any"}
-    done = checkout.agent("--experiments", "1", "--model", "mine", "--tag", "t", env=env)
+    done = checkout.agent("--experiments", "1", "--model", "mine", "--tag", "t", env=proxy)
     assert done.returncode == 0, done.stderr
     row = checkout.rows()[1]
     assert (row["status"], row["description"]) == ("keep", "sharper"), done.stderr

@@ -938,7 +938,7 @@ def test_a_gain_on_val_that_hidden_contradicts_is_suspicious_and_not_kept(folder
 
 def test_half_of_a_gain_and_three_sigma_must_show_on_hidden():
     def verdict(*values, hidden_gain):
-        return agent.judge(list(values), 1.0, 0.01, 1.0, False, hidden_gain)
+        return agent.judge(list(values), [1.0] * 3, 0.01, 0.1, 1.0, False, hidden_gain)
 
     contradicted = ("discard", "suspicious: the hidden split does not show this gain")
     assert verdict(0.93, hidden_gain=0.036) == ("keep", "")

@@ -1,0 +1,163 @@
+"""Whole nights with known true effects: what the keep rule finds, and what it takes for a gain.
+
+python tests/simulate.py                  # the table of the README, 2,000 nights a row
+python tests/simulate.py --nights 200     # sooner
+
+The real `judge`, `level` and `Run.sigma`; effects and noise are EVIDENCE.md's, section 2, in 1e-3
+bits per byte. Sigma is not known to the rule: it starts from a prior of 0.3, as the agent's does.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import agent  # noqa: E402
+from journal import Experiment, Run  # noqa: E402
+
+SIGMAS = (0.2, 0.33, 0.5)
+PRIOR, RUNS, EARLY = 0.3, 125, 13
+START = 1000.0  # val_bpb of the baseline
+
+
+def effect(choose: random.Random, idea: int) -> float:
+    """What an idea gains in truth."""
+    lot = choose.random()
+    if idea > EARLY and lot < 0.28:
+        return 0.0
+    if lot < (0.72 if idea <= EARLY else 0.56):
+        return choose.expovariate(1 / (2.4 if idea <= EARLY else 0.22))
+    return -choose.lognormvariate(math.log(1.12), 1.1)
+
+
+def nothing(choose: random.Random, idea: int) -> float:
+    return 0.0
+
+
+class Night:
+    """One night; afterwards `gain` in truth, `claimed` gain, numbers of keeps and false keeps."""
+
+    def __init__(self, rule, sigma: float, seed: int, effects=effect, runs=RUNS, ideas=math.inf):
+        self.choose, self.noise, self.left = random.Random(seed), sigma, runs
+        self.run = Run("t", {"sigma": PRIOR}, "")
+        self.truth, self.keeps, self.false, self.tried = START, 0, 0, 0
+        self.note(Experiment(0, "", status="keep", values=self.measure(START, rule.baseline)))
+        while self.left > 0 and self.tried < ideas:
+            if rule.measures_best and self.run.since_keep() >= agent.MEASURE_AFTER:
+                if len(self.best()) < agent.BEST_RUNS:
+                    again = self.measure(self.truth, 1)
+                    self.note(Experiment(self.run.best().number, "", status="measure",
+                                         values=again))  # fmt: skip
+                    continue
+            self.tried += 1
+            self.try_out(rule, effects(self.choose, self.tried))
+        self.gain = START - self.truth
+        self.claimed = self.run.mean_of(0) - statistics.fmean(self.best())
+
+    def measure(self, truth: float, count: int) -> list[float]:
+        self.left -= count
+        return [truth + self.choose.gauss(0, self.noise) for _ in range(count)]
+
+    def best(self) -> list[float]:
+        return self.run.values_of(self.run.best().number)
+
+    def note(self, done: Experiment) -> None:
+        self.run.history.append(done)
+        if done.number == 0 or len(done.values) > 1 or done.status == "measure":
+            self.sigma = self.run.sigma()
+
+    def try_out(self, rule, gain: float) -> None:
+        done = Experiment(self.tried, "", status="again")
+        best, risk = self.best(), agent.level(self.run.history)
+        while done.status == "again" and self.left > 0:
+            done.values += self.measure(self.truth - gain, 1)
+            done.status, done.reason = rule.judge(done.values, best, self.sigma, risk)
+        if done.status == "keep":
+            self.keeps, self.false = self.keeps + 1, self.false + (gain <= 0)
+            self.truth -= gain
+        elif done.status == "again":  # the night is over
+            done.status = "discard"
+        self.note(done)
+
+
+class Ours:
+    """The rule of agent.py."""
+
+    baseline, measures_best = agent.BASELINE_RUNS, True
+
+    @staticmethod
+    def judge(values, best, sigma, risk):
+        return agent.judge(values, best, sigma, risk, 0.0, False)
+
+
+class Before:
+    """The rule until 2026-11-26: 4 sigma at once, or sigma / sqrt(2) by the mean of two."""
+
+    baseline, measures_best = 3, True
+
+    @staticmethod
+    def judge(values, best, sigma, risk):
+        gain = statistics.fmean(best) - statistics.fmean(values)
+        if len(values) == 1:
+            return ("keep" if gain > 4 * sigma else "again" if gain > 0 else "discard"), ""
+        return ("keep" if gain >= sigma / math.sqrt(2) else "discard"), ""
+
+
+class Greedy:
+    """Keep any drop of one run below the lowest one."""
+
+    baseline, measures_best = 1, False
+
+    @staticmethod
+    def judge(values, best, sigma, risk):
+        return ("keep" if values[0] < best[0] else "discard"), ""
+
+
+RULES = {"greedy: keep any drop": Greedy, "4 sigma, or two runs": Before, "this rule": Ours}
+
+
+def row(rule, sigma: float, nights: int) -> dict[str, float]:
+    """Means over nights: true gain, share of false keeps, inflation of the claim, experiments."""
+    found = [Night(rule, sigma, seed) for seed in range(nights)]
+    keeps = sum(night.keeps for night in found)
+    return {
+        "gain": statistics.fmean(night.gain for night in found),
+        "false": sum(night.false for night in found) / keeps,
+        "inflation": statistics.fmean(night.claimed - night.gain for night in found),
+        "keeps": keeps / nights,
+        "tried": statistics.fmean(night.tried for night in found),
+    }
+
+
+def nights_without_keep(rule, sigma: float, nights: int, ideas: int = 50) -> float:
+    """The share of nights that keep nothing where there is nothing to be found."""
+    found = [Night(rule, sigma, n, nothing, math.inf, ideas) for n in range(nights)]
+    return sum(night.keeps == 0 for night in found) / nights
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--nights", type=int, default=2000, help="a row")
+    args = parser.parse_args()
+    print(f"{args.nights} nights of {RUNS} runs each, sigma {' / '.join(map(str, SIGMAS))}\n")
+    print("| rule | true gain, 10⁻³ | false keeps, % | inflation, 10⁻³ | experiments | "
+          "50 ideas worth nothing: nights without a keep, % |")
+    print("|---|---|---|---|---|---|")
+    for name, rule in RULES.items():
+        began = time.perf_counter()
+        rows = [row(rule, sigma, args.nights) for sigma in SIGMAS]
+        none = nights_without_keep(rule, 0.33, args.nights)
+        cells = [(1, "gain", ".2f"), (100, "false", ".1f"), (1, "inflation", ".2f"),
+                 (1, "tried", ".0f")]  # fmt: skip
+        text = [" / ".join(f"{each * r[key]:{form}}" for r in rows) for each, key, form in cells]
+        print(f"| {name} | {' | '.join(text)} | {100 * none:.0f} |", flush=True)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
