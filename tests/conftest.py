@@ -270,6 +270,11 @@ class ApiHandler(BaseHTTPRequestHandler):
             return self.fail(reply)
         usage = self.server.usage(request)
         block, stop = reply if isinstance(reply, tuple) else (reply, "tool_use")
+        if not request.get("stream"):
+            text = [{"type": "text", "text": block}]
+            whole = {"id": "msg", "type": "message", "role": "assistant", "model": "m",
+                     "content": text, "stop_reason": stop, "usage": {**usage, "output_tokens": 1}}
+            return self.send(200, "application/json", json.dumps(whole).encode())
         events = [
             {
                 "type": "message_start",

@@ -291,6 +291,7 @@ def test_sampler_night_needs_no_key_and_its_keeps_cherry_pick(checkout):
     assert checkout.git("diff", "autoresearch/t", "HEAD", "--", "train.py") == ""
 
 
+@pytest.mark.slow
 def test_claude_session_of_good_invalid_duplicate_and_refused_replies(checkout, api):
     server = api(
         proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6", "sharper"),  # experiment 1, kept

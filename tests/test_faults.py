@@ -910,7 +910,7 @@ def test_odd_programs_end_no_night(quick):
 
 
 def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
-    """The second run of the same code has half the tokens per second."""
+    """The second run of the same code has half the tokens per second; four are wanted."""
     slow = STAND_IN.replace("STEP", "0.0").replace(
         'path = f"', 'result["total_tokens_M"] = 0.5 if args.run == "2" else 1.0\npath = f"'
     )
@@ -919,7 +919,7 @@ def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
     done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.5001))
     assert done.returncode == 0, done.stderr
     row = quick.rows()[1]
-    assert "disturbed: 50 % fewer tokens/s" in done.stderr and row["runs"] == "2"
+    assert "disturbed: 50 % fewer tokens/s" in done.stderr and row["runs"] == "4"
     assert (quick.folder / "runs/t/1/result-3.json").exists()
 
 

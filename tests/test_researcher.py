@@ -5,10 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import TOY, Fault, proposal
+from test_faults import stand_in
 
 import proposals
 import researcher
 from proposals import Edit, Rejected
+
+
+@pytest.fixture
+def checkout(checkout):
+    """One with a stand-in for the referee, whose scores are exact."""
+    stand_in(checkout, 0.05)
+    return checkout
 
 
 def reply(*blocks, stop="end_turn"):
