@@ -3,6 +3,7 @@
     python agent.py                           # all night, with Claude if ANTHROPIC_API_KEY is set
     python agent.py --experiments 8           # stop after 8; without a key Optuna proposes
     python agent.py --patches a.diff b.diff   # judge your own edits
+    python agent.py report                    # what the night comes to, see report --help
 
 A kept edit is a commit on the branch autoresearch/TAG; every edit that was tried is a commit under
 refs/autoresearch/TAG/. Working tree, index and HEAD are never touched; only results.tsv grows.
@@ -90,6 +91,7 @@ sys.pycache_prefix = None
 
 BASELINE_RUNS = 3
 BEST_RUNS = 5  # of the best, at most, with its repeated measurements
+REPORT_SECONDS = 60.0  # between two writings of report.html
 MEASURE_AFTER = 10  # candidates without a keep, then the best is measured again
 SUSPICIOUS_SIGMAS, SUSPICIOUS_SHARE = 10.0, 0.05
 RUNS_MOST = 4  # of an experiment, before it is dropped as not confirmed
@@ -159,6 +161,7 @@ def carry_out(run: Run, task: Task) -> None:
     """All runs of a task, in a thread of its own: task.done is complete then."""
     kinds = {"baseline": run_baseline, "best": run_best, "commit": run_commit,
              "idea": run_and_judge}
+    task.done.began = time.time()
     kinds[task.kind](run, task)
 
 
@@ -261,6 +264,8 @@ def add_run(done: Experiment, result: dict[str, Any]) -> None:
     if result["status"] == "crash":
         done.status, done.reason = "crash", one_line(result["reason"], 300)
         return
+    done.training_seconds += result["training_wall_seconds"]
+    done.evaluation_seconds += result.get("evaluation_seconds", 0.0)
     done.values.append(result["val_bpb"])
     done.speeds.append(result["total_tokens_M"] / max(result["training_seconds"], 1e-9))
     done.silence_seconds = max(done.silence_seconds, result.get("silence_seconds", 0.0))
@@ -283,6 +288,7 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
     """
     parent = parent or (run.best().commit if run.history else run.start)
     done.order = 1 + max((e.order for e in run.history), default=0)
+    done.ended = time.time()
     old = run.source_at(parent)
     identify(done, old if source is None else source, old, run.scale["name"])
     commit = patiently(write_commit, source, parent, commit_message(done, run.settings()))
@@ -463,6 +469,9 @@ class Night:
         self.thinking: Future[Proposal | None] | None = None
         self.end: SetupError | str = ""  # why there will be no more proposals
         self.baseline = Experiment(0, "baseline", status="keep")
+        self.unreported = 0  # verdicts
+        self.report: subprocess.Popen[bytes] | None = None
+        self.report_at = time.monotonic() + REPORT_SECONDS
 
     def work(self) -> None:
         """Until a limit is reached or nothing is left to propose."""
@@ -484,7 +493,9 @@ class Night:
                         self.settle(future)
                     if self.thinking and self.thinking.done():
                         self.take_proposal()
+                    self.refresh()
         finally:
+            self.refresh(last=True)
             STOP.set()
             wait([*self.tasks, *([self.thinking] if self.thinking else [])], 30)
             if self.thinking and self.thinking.done() and not self.thinking.exception():
@@ -567,6 +578,7 @@ class Night:
     def settle_baseline(self, task: Task) -> None:
         """Add one of its runs; the last one makes it experiment 0."""
         run, done, label = self.run, self.baseline, task.done.description
+        done.began = min(done.began or math.inf, task.done.began)
         add_result(run, done, task.result, label)
         if done.status == "crash":
             (run.folder(0) / "proposal.json").unlink(missing_ok=True)  # or it would be found again
@@ -637,6 +649,20 @@ class Night:
                 return
         if task.proposal:
             run.running.remove(task.proposal)
+        self.unreported += 1
+
+    def refresh(self, last: bool = False) -> None:
+        """Have the report written anew, by a process of its own, once a minute at most."""
+        under_way = self.report and self.report.poll() is None
+        due = self.report if last else not under_way and time.monotonic() > self.report_at
+        if due and self.unreported and self.run.history:
+            self.unreported = 0
+            self.report_at = time.monotonic() + REPORT_SECONDS
+            words = ("report", "--tag", self.run.tag)
+            self.report = subprocess.Popen(
+                ["nice", *trusted_command("agent.py", *words)], env=trusted_environment(),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
 
     def take_proposal(self) -> None:
         """What the proposer thought of waits for a slot, under a number, and outlives a kill."""
@@ -754,6 +780,10 @@ def indices(text: str) -> list[int]:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["report"]:
+        import report  # which has pictures to draw
+
+        return report.main(sys.argv[2:])
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument

@@ -97,6 +97,10 @@ class Experiment:
     curve: list[float] = field(default_factory=list)  # training loss at CURVE of the budget
     memory_gb: float = 0.0
     seconds: float = 0.0  # wall clock of all runs
+    training_seconds: float = 0.0  # of these, in budgeted training
+    evaluation_seconds: float = 0.0
+    began: float = 0.0  # seconds since 1970
+    ended: float = 0.0
     start_seconds: float = 0.0  # of the scale's clock, to the first batch, in the slowest run
     trained_seconds: float = 0.0  # to the first logits, in the slowest run
     answers_seconds: float = 0.0  # of the scale's clock, for all answers

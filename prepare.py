@@ -81,7 +81,7 @@ class Scale:
 
 
 SCALES = (
-    Scale("cpu", "stdlib", 1024, 128, "cpu", 60, 131_072, 0, 0.0025),
+    Scale("cpu", "stdlib", 1024, 128, "cpu", 60, 131_072, 0, 0.005),
     Scale("gpu", "climbmix", 8192, 2048, "wall", 300, 2**20, 10, 0.0003),
     Scale("d12", "climbmix", 32_768, 2048, "tokens", 1.2e9, 2**21, 30, 0.0003),
     Scale("gpt2", "climbmix", 32_768, 2048, "tokens", 7.3e9, 2**22, 150, 0.00004),
@@ -765,6 +765,7 @@ def main() -> None:
 
     manifest = (folder / "manifest.json").read_bytes()
     cpu, gpus = f"CPU, {os.cpu_count()} cores", range(torch.cuda.device_count())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     kinds = [torch.cuda.get_device_properties(index) for index in gpus]
     facts = dataclasses.asdict(scale) | {
         "device": kinds[0].name if kinds else cpu,
@@ -774,6 +775,7 @@ def main() -> None:
         "manifest": hashlib.sha256(manifest).hexdigest()[:16],
         "referee": trusted_hash(),
         "gpus": [[f"GPU-{kind.uuid}", kind.name] for kind in kinds],
+        "device_gb": (kinds[0].total_memory if kinds else memory) / 2**30,
     }
     print(json.dumps(facts, indent=1))
 

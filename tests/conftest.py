@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PROGRAM = ("agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "researcher.py",
-           "slots.py")  # fmt: skip
+PROGRAM = ("agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "report.py",
+           "researcher.py", "slots.py")  # fmt: skip
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 

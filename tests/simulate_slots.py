@@ -273,7 +273,9 @@ class Simulation:
     @contextmanager
     def edges(self, folder: Path):
         """The program between this clock, this git and these runs."""
-        virtual = SimpleNamespace(monotonic=self.clock.monotonic, sleep=self.clock.sleep)
+        virtual = SimpleNamespace(
+            monotonic=self.clock.monotonic, time=self.clock.monotonic, sleep=self.clock.sleep
+        )
         git, sync_git = self.costly("git", self.git), self.costly("sync_git", journal.sync_git)
         here = {"ROOT": self.checkout or folder, "time": virtual, "git": git}
         screen = {"say": self.said.append, "show_result": self.see_verdict}
@@ -285,6 +287,7 @@ class Simulation:
             enter(mock.patch.multiple(agent, **here, **loop, **screen))
             enter(mock.patch.multiple(journal, **here, RESULTS=here["ROOT"] / "results.tsv",
                                       say=self.said.append))  # fmt: skip
+            enter(mock.patch.object(agent.Night, "refresh", lambda *words, **more: None))
             enter(mock.patch.object(os, "fsync", self.costly("fsync", os.fsync)))
             enter(mock.patch.object(tempfile, "tempdir", str(folder)))
             yield

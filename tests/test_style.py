@@ -10,15 +10,16 @@ import pytest
 from conftest import ROOT
 
 CEILINGS = {
-    "prepare.py": 785,
+    "prepare.py": 786,
     "referee.py": 610,
     "warden.py": 785,
     "train.py": 650,
-    "agent.py": 805,
+    "agent.py": 835,
     "slots.py": 460,
     "cluster.py": 310,
     "journal.py": 640,
     "proposals.py": 440,
+    "report.py": 495,
     "researcher.py": 470,
     "digest.py": 315,
     "program.md": 120,
@@ -55,7 +56,7 @@ def test_every_dependency_is_imported_by_a_shipped_file():
 
 
 def test_agent_imports_nothing_heavy():
-    heavy = ("torch", "numpy", "optuna", "anthropic", "rich", "ray")
+    heavy = ("torch", "numpy", "optuna", "anthropic", "rich", "ray", "matplotlib")
     code = f"import sys, agent; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
