@@ -42,7 +42,10 @@ from prepare import TRUSTED, SetupError, write_atomic
 from slots import Task, check_trusted, measure, trusted_command
 from warden import MEMORY_SHARE, memory_available
 
-PROGRAMS = ("agent.py", "cluster.py", "journal.py", "researcher.py", "slots.py", *TRUSTED)
+PROGRAMS = (
+    *TRUSTED, "agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "researcher.py",
+    "slots.py",
+)  # fmt: skip
 CPUS = 2  # of a run without a GPU
 RETRIES = 3  # by Ray, of a run whose node or process dies; the loop asks for it again after that
 POLL_SECONDS = 0.5

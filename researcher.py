@@ -145,7 +145,8 @@ def parse_reply(message: Any) -> Proposal:
         raise Rejected(why + " Answer with one call of `propose`, and a smaller edit.")
     blocks = message.content if isinstance(message.content, list) else []
     calls = [b.input for b in blocks if getattr(b, "name", "") == "propose"]
-    given = calls[0] if calls else parse_text("\n".join(getattr(b, "text", "") for b in blocks))
+    texts = [str(getattr(block, "text", "")) for block in blocks]
+    given = calls[0] if calls else parse_text("\n".join(texts))
     try:
         texts = {name: given[name] for name in ("description", "hypothesis")}
         texts |= {name: given.get(name) or "" for name in ("kind", "idea")}
@@ -240,10 +241,10 @@ class Api:
                 return reply
             except Exception as error:  # of the SDK and all below it, whatever a server may send
                 odd = getattr(error, "status_code", 0) in (400, 422)
-                odd = odd or isinstance(error, AssertionError)  # the stream had no message in it
+                odd = odd or any("json" in s.response.headers.get("content-type") for s in streams)
                 if odd and not self.proven and not self.plain:
                     self.plain = True
-                    said = one_line(words(error), 100) or "the answer is no stream"
+                    said = "the answer is no stream" if streams else one_line(words(error), 100)
                     say(f"asking more plainly: {said}")
                     continue
                 if is_hopeless(error):

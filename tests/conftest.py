@@ -271,9 +271,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         usage = self.server.usage(request)
         block, stop = reply if isinstance(reply, tuple) else (reply, "tool_use")
         if not request.get("stream"):
-            text = [{"type": "text", "text": block}]
+            text = {"type": "text", "text": block}
+            call = {"type": "tool_use", "id": "toolu_1", "name": "propose", "input": block}
             whole = {"id": "msg", "type": "message", "role": "assistant", "model": "m",
-                     "content": text, "stop_reason": stop, "usage": {**usage, "output_tokens": 1}}
+                     "content": [call if isinstance(block, dict) else text], "stop_reason": stop,
+                     "usage": {**usage, "output_tokens": 1}}
             return self.send(200, "application/json", json.dumps(whole).encode())
         events = [
             {

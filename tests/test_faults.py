@@ -148,10 +148,11 @@ inner = getattr(module, name)
 
 def outer(*arguments, **more):
     left[0] -= 1
-    if left[0] == 0 and when == "before":
+    here = left[0] == 0  # other threads count on
+    if here and when == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     result = inner(*arguments, **more)
-    if left[0] == 0 and when == "after":
+    if here and when == "after":
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 
@@ -169,7 +170,7 @@ POINTS = [
         ("agent", "sync_git", (3, 4)),
         ("agent", "append_rows", (1, 2)),
         ("agent", "show_result", (2,)),
-        ("journal", "git", (12, 20)),
+        ("journal", "git", (13, 20)),
     )
     for when in (("before", "after") if KILLS >= 20 else ("after",))
     for count in counts
@@ -748,23 +749,24 @@ def test_what_is_hopeless_ends_the_night_with_one_sentence(quick, api):
     assert quick.agent("--experiments", "0", "--tag", "t").returncode == 0
     for status, kind, message in HOPELESS.values():
         error = {"type": "error", "error": {"type": kind, "message": message}}
-        server = api(Fault(status, json.dumps(error)), idea(0.6))
+        asked = 2 if status == 400 else 1  # once more without strict tools and cache marks
+        server = api(*[Fault(status, json.dumps(error))] * asked, idea(0.6))
         done = quick.agent("--experiments", "1", "--tag", "t", env=server.env)
         assert done.returncode == 1 and message in one_error(done), done.stderr
-        assert len(server.requests) == 1 and len(quick.rows()) == 1
+        assert len(server.requests) == asked and len(quick.rows()) == 1
 
 
 @pytest.mark.slow
 def test_a_cap_in_dollars_holds_over_restarts(quick, api):
     server = api(*(idea(0.5 - n / 100) for n in range(1, 9)))
-    command = ("--usd", "0.05", "--tag", "t", "--experiments", "8")
+    command = ("--usd", "0.02", "--tag", "t", "--experiments", "8")
     done = quick.agent(*command, env=server.env)
-    assert done.returncode == 0 and "the run has spent its $0.05" in done.stderr, done.stderr
+    assert done.returncode == 0 and "the run has spent its $0.02" in done.stderr, done.stderr
     asked, rows = len(server.requests), quick.rows()
     costs = [float(row["cost_usd"]) for row in rows[1:]]
-    assert sum(costs[:-1]) < 0.05 <= sum(costs)
+    assert sum(costs[:-1]) < 0.02 <= sum(costs)
     again = quick.agent(*command, env=server.env)
-    assert again.returncode == 0 and "the run has spent its $0.05" in again.stderr
+    assert again.returncode == 0 and "the run has spent its $0.02" in again.stderr
     assert len(server.requests) == asked and quick.rows() == rows
     (quick.folder / "results.tsv").unlink()
     spent = json.loads((quick.folder / "runs/t/spent.json").read_text())
