@@ -99,6 +99,7 @@ AT_ONCE = 3.4  # standard errors: then one run is enough
 # Of the keep rule, all by tests/simulate.py: what may be risked at first, what a keep adds, and the
 # share that one test risks.
 WEALTH, PAY, RISK_SHARE, RISK_MOST = 0.02, 2.5, 0.1, 0.2
+RISK_LEAST = 1 - statistics.NormalDist().cdf(AT_ONCE)  # even after 500 drops
 REPEATS = 3  # of disturbed runs, in one experiment
 CRASHES = 3  # in a row, then the best is run again, to see whose fault they are
 
@@ -122,7 +123,7 @@ def level(history: list[Experiment]) -> float:
             wealth += PAY - risk
         elif e.number and e.status in ("keep", "discard") and e.reason != ADOPTED:
             wealth -= risk / (1 - risk)
-    return min(RISK_MOST, RISK_SHARE * wealth)
+    return max(RISK_LEAST, min(RISK_MOST, RISK_SHARE * wealth))
 
 
 def judge(

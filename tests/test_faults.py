@@ -982,15 +982,15 @@ print(json.dumps([code, now, peak]))
 
 
 def answer_of(number):
-    """Every 25th idea is better, the others make no difference."""
+    """Every 125th idea is better, the others make no difference."""
 
     def answer(request):
         source = request["messages"][0]["content"][1]["text"]
         (value,) = re.findall(r"^SHARPNESS = (.*)", source, re.M)
-        if number % 25 == 0:
-            better = f"SHARPNESS = {float(value) + 0.02:.2f}"
+        if number % 125 == 0:
+            better = f"SHARPNESS = {float(value) + 0.1:.2f}"
             return proposal(f"SHARPNESS = {value}", better, f"sharper, {number}")
-        return proposal("PASSES = 4", f"PASSES = {number + 10}", f"idea {number}")
+        return proposal("PASSES = 4", f"PASSES = 4\nIDEA_{number} = 1", f"idea {number}")
 
     return answer
 
@@ -998,13 +998,14 @@ def answer_of(number):
 @pytest.mark.slow
 def test_five_hundred_experiments_are_all_there_and_cost_no_more_at_the_end(quick, api):
     stand_in(quick, 0.1)
-    server = api(*map(answer_of, range(1, 501)))
+    server = api(*map(answer_of, range(1, 521)))
     done = sh(sys.executable, "-c", LONG, cwd=quick.folder, env=quick.env | server.env, timeout=900)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     code, now, peak = json.loads(done.stdout.splitlines()[-1])
     assert code == 0, done.stderr
     rows = [row for row in quick.rows() if row["status"] != "measure"]
     assert [int(row["experiment"]) for row in rows] == list(range(501))
-    assert sum(row["status"] == "keep" for row in rows) == 21
+    assert sum(row["status"] == "keep" for row in rows) >= 3  # the baseline and what is clear
     assert len(quick.refs()) == 500 and quick.git("fsck", "--no-dangling") == ""
     times = [(quick.folder / f"runs/t/{n}/proposal.json").stat().st_mtime for n in range(1, 501)]
     each = [later - earlier for earlier, later in itertools.pairwise(times)]
