@@ -4,6 +4,7 @@
     python agent.py --experiments 8           # stop after 8; without a key Optuna proposes
     python agent.py --patches a.diff b.diff   # judge your own edits
     python agent.py report                    # what the night comes to, see report --help
+    python agent.py promote                   # which kept commits hold, see promote --help
 
 A kept edit is a commit on the branch autoresearch/TAG; every edit that was tried is a commit under
 refs/autoresearch/TAG/. Working tree, index and HEAD are never touched; only results.tsv grows.
@@ -30,6 +31,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -698,6 +700,17 @@ def find_slots(args: argparse.Namespace) -> tuple[dict[str, Any], list[Slot]]:
     return scale, [Slot(cluster=joined) for _ in range(min(args.slots or most, most))]
 
 
+def settle_in(run: Run, slots: list[Slot]) -> None:
+    """Take the GPUs, keep a log, end what a killed agent.py has left, and share the memory."""
+    for slot in slots:
+        if slot.gpu:
+            lock(Path(run.scale["rows"]).parent / f"{slot.gpu}.lock", f"the GPU {slot.gpu}")
+    keep_log(run.folder(0).parent)
+    end_leftover(run)
+    there = MEMORY_SHARE * memory_available() / 2**30  # to be shared by all that run at a time
+    run.scale["memory_gb"] = there / len(slots) if len(slots) > 1 else math.inf
+
+
 def night(args: argparse.Namespace) -> None:
     """Set up, measure the baseline unless the run has one, experiment until a limit is reached."""
     args.until = time.monotonic() + (math.inf if args.hours is None else args.hours * 3600)
@@ -722,20 +735,14 @@ def night(args: argparse.Namespace) -> None:
     say(f"{line}; stops " + (" or ".join(limits) or "when you say so"))
     scale, args.slots = find_slots(args)
     run = find_run(args.tag, scale)
-    for slot in args.slots:
-        if slot.gpu:
-            lock(Path(run.scale["rows"]).parent / f"{slot.gpu}.lock", f"the GPU {slot.gpu}")
-    keep_log(run.folder(0).parent)
+    settle_in(run, args.slots)
     run.read_spent()
     if args.usd is not None and math.isnan(run.spent["cost_usd"]):
         said = f"--usd: what run {run.tag} has spent is not known, its model has no known price"
         raise SetupError(said, "python agent.py --tag NAME, a run of its own")
-    end_leftover(run)
     ahead = getattr(propose, "ahead", False)  # what it thinks of is tried out on this machine
     if ahead or not args.ray:  # whose nodes have been asked
         run.scale["means"] = confine(args.unconfined)
-    there = MEMORY_SHARE * memory_available() / 2**30  # to be shared by all that run at a time
-    scale["memory_gb"] = there / len(args.slots) if len(args.slots) > 1 else math.inf
     run.tiny = scale
     if ahead and (args.ray or scale["name"] != "cpu"):
         run.tiny = describe_machine(None, "cpu")
@@ -785,6 +792,10 @@ def main() -> int:
         import report  # which has pictures to draw
 
         return report.main(sys.argv[2:])
+    if sys.argv[1:2] == ["promote"]:
+        import promote
+
+        return carefully(promote.promote, promote.parse(sys.argv[2:]))
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
@@ -806,6 +817,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.ray and args.gpus:
         parser.error("--gpus are cards of this machine: with --ray, Ray hands them out")
+    return carefully(night, args)
+
+
+def carefully(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Exit code of what is not to be disturbed by a signal, a dead terminal or a full disk."""
     hide_memory()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN:  # of nohup
@@ -813,7 +829,7 @@ def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # an arrow must not end a night on a plain terminal
     sys.stderr.reconfigure(errors="replace")
     try:
-        night(args)
+        work(args)
     except OSError as error:
         LOG.exception("stopped")
         raise SetupError(str(error), "df -h . && ls -ld .") from error

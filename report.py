@@ -14,6 +14,7 @@ import base64
 import difflib
 import html
 import io
+import itertools
 import math
 import statistics
 import sys
@@ -29,6 +30,7 @@ from journal import PRIOR_RUNS, ROOT, Experiment, Run, git, one_line, read_journ
 from prepare import SetupError, scale_named, write_atomic
 
 CONFIDENCE = 0.95
+KEPT_AT_ONCE, KEPT_AGAIN = 3.4, 1.5  # standard errors: agent.py's, for one run, and about for more
 FIELD_SIGMA = 0.0003  # of a 5-minute run on an H100, where a file says nothing of repeats
 LABELS = 25  # keeps with a name in the picture
 SHOWN = 200  # keeps with their diffs in the page
@@ -195,7 +197,9 @@ def report_run(run: Run) -> Report:
     text = ideas.read_text(encoding="utf-8", errors="replace") if ideas.exists() else ""
     crashed = [html.unescape(line.replace("<log>", "").replace("</log>", ""))
                for line in causes(tried)]  # fmt: skip
-    report.lists = [("Near misses, worth combining", near), ("Crashes by cause", crashed),
+    again = found(run).read_text("utf-8").splitlines() if found(run).exists() else []
+    report.lists = [("What `promote` found, by fresh runs", again),
+                    ("Near misses, worth combining", near), ("Crashes by cause", crashed),
                     ("What became of ideas.md", open_ideas(text, tried))]  # fmt: skip
     if any(e.status == "keep" for e in tried):
         report.type_this.append(("take what was kept",
@@ -204,6 +208,36 @@ def report_run(run: Run) -> Report:
     report.type_this.append(("run the best again, by hand", again))
     tell_time(run, report)
     return report
+
+
+def found(run: Run) -> Path:
+    """Where agent.py promote leaves its conclusions."""
+    return run.folder(0).parent / "promote.txt"
+
+
+def gain_of(run: Run, sigma: float) -> tuple[float, float, list[float], bool]:
+    """(the best's gain over the baseline, half its 95 % interval, the best's values that it is
+    judged by, whether these are fresh: not those that it was chosen by)."""
+    base, best = run.values_of(0), run.best()
+    fresh = [v for e in run.of(best.number) if e.status == "measure" for v in e.values]
+    values = fresh or run.values_of(best.number)
+    half = interval(sigma, freedom_of(run), len(base), len(values))
+    luck = 0.0 if fresh else luck_of(run, best, sigma)
+    return statistics.fmean(base) - statistics.fmean(values) - luck, half, values, bool(fresh)
+
+
+def luck_of(run: Run, done: Experiment, sigma: float) -> float:
+    """What the gain of a keep is too large by, on average, as it was kept for being so large.
+
+    The mean of a normal variable above a bar is above its mean by the inverse Mills ratio, here at
+    the distance to the bar that was measured. The bar is KEPT_AT_ONCE for one run, KEPT_AGAIN for
+    more, in standard errors; tests/simulate.py says how often the interval then holds the truth.
+    """
+    if done.gain is None or done.reason:
+        return 0.0  # simpler, or adopted: not kept for its gain
+    error, normal = keep_error(run, done, sigma), statistics.NormalDist()
+    above = done.gain / error - (KEPT_AGAIN if len(done.values) > 1 else KEPT_AT_ONCE)
+    return error * normal.pdf(above) / max(normal.cdf(above), 1e-9)
 
 
 def verdict(run: Run, sigma: float) -> list[str]:
@@ -224,17 +258,14 @@ def verdict(run: Run, sigma: float) -> list[str]:
         words.append(f"Baseline {mean(base)}. Nothing was kept: the gain is 0, and what a gain of "
                      f"nothing looks like is ± {half:.6f}.")
     else:
-        fresh = [v for e in run.of(best.number) if e.status == "measure" for v in e.values]
-        values = fresh or run.values_of(best.number)
-        gain = statistics.fmean(base) - statistics.fmean(values)
-        half = interval(sigma, freedom, len(base), len(values))
+        gain, half, values, fresh = gain_of(run, sigma)
         words.append(f"Baseline {mean(base)}, best {mean(values)}: experiment {best.number}, "
                      f"{best.description}.")
         real = "real" if gain > half else "not told from nothing"
         words.append(f"The gain is {gain:.6f} ± {half:.6f} (95 %): {real}.")
         if not fresh:
-            words.append("The best is judged by the runs that it was chosen by, which is a little "
-                         "too good; it is measured afresh after 10 drops.")
+            words.append("The best is judged by the runs that it was chosen by; what that makes it "
+                         f"too good by, {luck_of(run, best, sigma):.6f}, is taken off.")
         low = min(v for e in run.history for v in e.values if e.believed())
         claimed = first.values[0] - low if first.values else math.nan
         if claimed > 0:
@@ -297,9 +328,11 @@ def tell_time(run: Run, report: Report) -> None:
     spent = sum(e.cost_usd for e in run.history)
     tokens = sum(e.tokens_in + e.tokens_out for e in run.history)
     kept = sum(e.status == "keep" for e in run.experiments())
-    share = 100 * training / max(1.0, end - begin)
-    report.words.append(f"{(end - begin) / 3600:.1f} hours, {share:.0f} % of them training"
-                        + (", on several slots." if share > 100 else "."))
+    edges = sorted([(e.began, 1) for e in timed] + [(e.ended, -1) for e in timed])
+    slots = max(itertools.accumulate(step for _, step in edges))  # that were at work at a time
+    share = 100 * training / max(1.0, slots * (end - begin))
+    where = f" on {slots} slots" if slots > 1 else ""
+    report.words.append(f"{(end - begin) / 3600:.1f} hours{where}, {share:.0f} % of them training.")
     if tokens:
         cached, each = sum(e.tokens_cached for e in run.history), spent / len(run.experiments())
         report.words.append(

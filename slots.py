@@ -219,7 +219,7 @@ def words_of(run: Run, task: Task, count: int, hidden_below: float) -> list[obje
     """The referee's command line for one run, with limits that follow from the baseline."""
     number = task.done.number
     words = [run.folder(number), "--run", count, "--seed", run.seed(number, count)]
-    words += ["--timeout", run_timeout(run), "--hidden-below", hidden_below]
+    words += ["--timeout", run_timeout(run), f"--hidden-below={hidden_below}"]
     words += ["--manifest", run.scale["manifest"], *means_of(run)]
     words += ["--trusted", run.scale["referee"]]
     if run.history:
@@ -425,7 +425,7 @@ def screen(run: Run, source: str) -> str:
 def end_leftover(run: Run) -> None:
     """End what a killed agent.py left of its last run, until nobody lives in its folder."""
     folder, own = run.folder(0).parent, []
-    for path in folder.glob("*/running*.json"):
+    for path in folder.glob("**/running*.json"):
         found = read_json(path)
         if found.get("started") and process_start(found["pid"]) == found["started"]:
             say(f"ending process {found['pid']}, which an earlier agent.py left behind")

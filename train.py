@@ -2,12 +2,14 @@
 
     python train.py                          # train at this machine's scale, print the summary
     AUTORESEARCH_SCALE=gpu python train.py   # at another scale
+    AUTORESEARCH_SCALE=gpt2 torchrun --nproc_per_node=8 train.py   # the full run; it resumes
 
 DEPTH is the dial: width, heads, learning rates and windows follow from it, so that the same
 file, with the same commits on it, trains the one-minute model on a CPU and the full one on GPUs.
 Data, clock, seed and score belong to prepare.py.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -19,9 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from prepare import batches, current_scale, device_type, finish, run_seed
+from prepare import SPENT, batches, current_scale, device_type, finish, ranks, run_seed
 
 SCALE = current_scale()
+FULL = "AUTORESEARCH_REFEREE" not in os.environ  # an experiment has one rank and no checkpoints
+if FULL:
+    import full
 
 # ---------------------------------------------------------------------------
 # Hyperparameters
@@ -69,6 +74,19 @@ MUON_BETA2 = 0.95  # of the variance reduction
 WARMDOWN_RATIO = 0.75  # last share of the budget, in which learning rates fall linearly
 FINAL_LR_FRAC = 0.05  # what is left of them at the end
 
+def card():
+    """(GB of the card, shares of DEPTH, of tokens a step, of rows a pass that it can have)."""
+    gb = math.inf
+    if SCALE.name == "gpu" and torch.cuda.is_available():
+        gb = torch.cuda.get_device_properties(0).total_memory / 2**30
+    from_gb = {40: (1, 1, 1), 20: (2 / 3, 1 / 4, 1), 10: (1 / 2, 1 / 4, 1 / 2)}
+    return gb, next((s for least, s in from_gb.items() if gb >= least), (4 / 9, 1 / 8, 1 / 4))
+
+
+DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = (
+    max(1, round(size * share))
+    for size, share in zip((DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE), card()[1], strict=True)
+)
 assert TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * SCALE.sequence_len) == 0, (
     f"a step of {TOTAL_BATCH_SIZE} tokens is not whole passes of {DEVICE_BATCH_SIZE} rows"
 )
@@ -86,6 +104,13 @@ PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "4090": 165.2e
 def fast(function, is_cuda):
     """The function, compiled where that pays. Numbers that may change are to come as tensors."""
     return torch.compile(function, dynamic=False) if is_cuda else function
+
+
+def half(device):
+    """What matrices are multiplied in: bfloat16 on a GPU, float16 before Ampere, else float32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def norm(x):
@@ -209,13 +234,14 @@ class ChunkedLoss(torch.autograd.Function):
             step = fast(chunk_loss, hidden.is_cuda)
             loss, d_hidden[chunk], d_w = step(hidden[chunk], w, targets[chunk, None])
             total, d_weight = total + loss, d_weight.add_(d_w)
-        ctx.save_for_backward(d_hidden.div_(len(targets)), d_weight.div_(len(targets)))
+        ctx.save_for_backward(d_hidden, d_weight)  # not yet divided, which float16 would not hold
         return total / len(targets)
 
     @staticmethod
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None
+        each = d_loss / d_hidden.size(0)
+        return d_hidden * each, d_weight * each, None
 
 
 class GPT(nn.Module):
@@ -230,8 +256,9 @@ class GPT(nn.Module):
         windows = [T if kind == "L" else short for kind in pattern]
         self.width, self.short_window = width, short
         self.embedding = nn.Embedding(V, width)
+        alone = ranks()[1] == 1  # what ranks share is dense
         self.ngrams = nn.ModuleList(
-            nn.Embedding(NGRAM_ROWS, width, sparse=True) for _ in range(2, NGRAM_ORDER + 1)
+            nn.Embedding(NGRAM_ROWS, width, sparse=alone) for _ in range(2, NGRAM_ORDER + 1)
         )
         self.value_embeddings = nn.ModuleDict(
             {str(i): nn.Embedding(V, width) for i in range(DEPTH) if has_value_embedding(i)}
@@ -271,8 +298,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, mask):
         """Tokens (B, T) to the normed output of the last layer (B, T, width)."""
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
-        dtype = torch.bfloat16 if tokens.is_cuda else self.embedding.weight.dtype
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        dtype = half(tokens.device)
+        with torch.autocast(tokens.device.type, dtype, enabled=tokens.is_cuda):
             x = self.embedding(tokens)  # (B, T, width)
             for n, table in enumerate(self.ngrams, 2):
                 x = x + table(hashed_ngrams(tokens, n))
@@ -297,11 +324,14 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, mask).flatten(0, 1)  # (B * T, width)
         return ChunkedLoss.apply(hidden, self.head.weight, targets.flatten())
 
+    def matrix_parameters(self):
+        """Of the layers and the head: what each token is multiplied with."""
+        return sum(p.numel() for p in (*self.blocks.parameters(), self.head.weight))
+
     def flops_per_token(self):
         """Forward and backward: 6 a matrix weight, 12 a channel and attended token of a layer."""
-        matrices = sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
         attended = sum(block.attention.window for block in self.blocks)
-        return 6 * matrices + 12 * self.width * attended
+        return 6 * self.matrix_parameters() + 12 * self.width * attended
 
 
 def build_model():
@@ -325,7 +355,7 @@ POLAR_EXPRESS = (
 
 def orthogonalize(g):
     """The nearest semi-orthogonal matrices to g (N, rows, columns), approximately."""
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.bfloat16() if half(g.device) == torch.bfloat16 else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = g.size(-2) > g.size(-1)
     x = x.mT if tall else x
@@ -366,7 +396,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            self.step_stack(group, self.state[group["params"][0]])
+            if group["params"]:  # of several ranks, not each has a matrix of each shape
+                self.step_stack(group, self.state[group["params"][0]])
 
     def step_stack(self, group, state):
         weights = torch.stack(group["params"])  # (N, rows, columns)
@@ -384,9 +415,30 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(group["params"], list(weights.unbind()))
 
 
+# What the learning rates and WEIGHT_DECAY are tuned at.
+REFERENCE_BATCH = {"cpu": 4096}.get(SCALE.name, 262144)  # tokens a step
+REFERENCE_TOKENS = 3e8  # of a run
+
+
+def batch_scale():
+    """Learning rates grow with the square root of the batch (Malladi et al. 2022, for Adam)."""
+    return math.sqrt(TOTAL_BATCH_SIZE / REFERENCE_BATCH)
+
+
+def decay_scale():
+    """WEIGHT_DECAY keeps the share of a run over which weights are averaged (Wang and Aitchison
+    2024): steps * lr * decay stays, where lr goes with the root of the batch."""
+    if SCALE.clock != "tokens" or SCALE.name in ("cpu", "gpu"):
+        return 1.0
+    return batch_scale() * REFERENCE_TOKENS / SCALE.budget
+
+
 def build_optimizers(model):
-    """[Muon for the matrices of the layers, AdamW for the rest]; each group knows its `full_lr`."""
-    width_scale = (model.width / 768) ** -0.5
+    """[Muon for the matrices of the layers, AdamW for the rest]; each group knows its `full_lr`.
+
+    Of several ranks each steps some of the matrices, and sends them to the others.
+    """
+    width_scale = (model.width / 768) ** -0.5 * batch_scale()
 
     def adam(parameters, lr, betas=ADAM_BETAS, decay=0.0):
         return dict(params=parameters, lr=lr, betas=betas, weight_decay=decay)
@@ -396,13 +448,15 @@ def build_optimizers(model):
         adam([model.embedding.weight], EMBEDDING_LR * width_scale, decay=EMBEDDING_DECAY),
         adam(tables, EMBEDDING_LR * width_scale, decay=VALUE_EMBEDDING_DECAY),
         adam([model.head.weight], UNEMBEDDING_LR * width_scale, decay=UNEMBEDDING_DECAY),
-        adam([model.resid_lambdas], SCALAR_LR * RESID_LR_RATIO),
-        adam([model.x0_lambdas], SCALAR_LR, betas=X0_BETAS),
+        adam([model.resid_lambdas], SCALAR_LR * RESID_LR_RATIO * batch_scale()),
+        adam([model.x0_lambdas], SCALAR_LR * batch_scale(), betas=X0_BETAS),
     ]
     by_shape = {}
     for weight in model.blocks.parameters():
         by_shape.setdefault(weight.shape, []).append(weight)
-    muon = Muon([dict(params=weights, lr=MATRIX_LR) for weights in by_shape.values()])
+    lr = MATRIX_LR * batch_scale()
+    groups = [dict(params=weights, lr=lr) for weights in by_shape.values()]
+    muon = Muon(groups) if ranks()[1] == 1 else full.divided(groups, Muon)
     optimizers = [muon, torch.optim.AdamW(adam_groups, eps=1e-10, fused=True)]
     if model.ngrams:  # a step touches few rows of these tables
         lr, tables = EMBEDDING_LR * width_scale, list(model.ngrams.parameters())
@@ -430,7 +484,7 @@ def muon_momentum(step):
 
 
 def muon_weight_decay(progress):
-    return WEIGHT_DECAY * (1.0 - progress)
+    return WEIGHT_DECAY * decay_scale() * (1.0 - progress)
 
 
 def set_schedules(optimizers, progress, step):
@@ -447,19 +501,51 @@ def set_schedules(optimizers, progress, step):
 # ---------------------------------------------------------------------------
 
 
-def compile_all(model, optimizers, mask):
+def fitting_rows(attempt):
+    """DEVICE_BATCH_SIZE, or half of it where an attempt with so many rows is out of memory."""
+    try:
+        attempt(DEVICE_BATCH_SIZE)
+        return DEVICE_BATCH_SIZE
+    except torch.OutOfMemoryError:
+        if DEVICE_BATCH_SIZE == 1 or ranks()[1] > 1:  # of which the others would not know
+            raise
+    rows = DEVICE_BATCH_SIZE // 2
+    print(f"out of memory with {DEVICE_BATCH_SIZE} rows a pass, so {rows} in twice the passes")
+    attempt(rows)
+    return rows
+
+
+def own(optimizers):
+    """The optimizers that hold this rank's state."""
+    return [getattr(optimizer, "optim", optimizer) for optimizer in optimizers]
+
+
+class Objective(nn.Module):
+    """A model whose answer is its loss, as DistributedDataParallel takes it."""
+
+    def __init__(self, model, mask):
+        super().__init__()
+        self.model, self.mask = model, mask
+
+    def forward(self, x, y):
+        return self.model.loss(x, y, self.mask)
+
+
+def compile_all(model, optimizers, mask, n_rows):
     """Steps on made-up tokens, before the clock starts; then all is as if they had not been."""
-    shape, device = (DEVICE_BATCH_SIZE, SCALE.sequence_len + 1), model.cos.device
+    shape, device = (n_rows, SCALE.sequence_len + 1), model.cos.device
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
     rows = torch.randint(SCALE.vocab_size, shape, device=device)
     with torch.no_grad():
         model(rows[:1, :-1])  # as the referee will ask: the first time loads kernels
-    model.hidden = torch.compile(model.hidden, dynamic=False)
+    model.hidden = torch.compile(type(model).hidden.__get__(model), dynamic=False)
     for _ in range(2):  # on views of rows, as from batches(): another layout is compiled anew
         model.loss(rows[:, :-1], rows[:, 1:], mask).backward()
         for optimizer in optimizers:
             optimizer.step()
     model.zero_grad(set_to_none=True)
-    for optimizer in optimizers:
+    for optimizer in own(optimizers):
         optimizer.state.clear()
     torch.manual_seed(run_seed())
     model.init_weights()
@@ -494,48 +580,81 @@ def main():
     torch.manual_seed(run_seed())
     torch.set_float32_matmul_precision("high")
     device = torch.device("cpu" if SCALE.name == "cpu" else device_type())
+    device = full.join(device) if ranks()[1] > 1 else device
     if device.type == "cpu":
         torch.set_num_threads(1)  # the most tokens per CPU second, and the same on any machine
-    T = SCALE.sequence_len
-    accumulation = TOTAL_BATCH_SIZE // (DEVICE_BATCH_SIZE * T)
-
     model = build_model()
     model.init_weights()
     model.to(device)
-    optimizers, mask = build_optimizers(model), None
+    optimizers, mask, rows = build_optimizers(model), None, DEVICE_BATCH_SIZE
     if device.type == "cuda":
         mask = block_mask(model.short_window, device)
-        compile_all(model, optimizers, mask)
+        rows = fitting_rows(functools.partial(compile_all, model, optimizers, mask))
+    at_once = rows * SCALE.sequence_len * ranks()[1]
+    if TOTAL_BATCH_SIZE % at_once:
+        raise ValueError(f"a step of {TOTAL_BATCH_SIZE} tokens is not whole passes of {at_once}")
     print(f"scale {SCALE.name}: depth {DEPTH}, width {model.width}, head_dim {HEAD_DIM}, "
-          f"batch {TOTAL_BATCH_SIZE} tokens in {accumulation} passes, {device}")
+          f"batch {TOTAL_BATCH_SIZE} tokens in {TOTAL_BATCH_SIZE // at_once} passes, {device}")
+    gb, shares = card()
+    if gb < math.inf:
+        print("card of {:.0f} GB: {:.3g} of depth, {:.3g} of batch, {:.3g} of rows a pass".format(
+            gb, *shares))
+    if SCALE.clock == "tokens":
+        ratio = SCALE.budget / model.matrix_parameters()
+        print(f"{SCALE.budget / 1e6:,.1f} M tokens, {ratio:.2f} for each parameter of a matrix")
+    step = train(model, optimizers, mask, rows, device)
+    if ranks()[1] > 1:
+        torch.distributed.destroy_process_group()  # the rest is the first one's
+    finish(model, num_steps=step, depth=DEPTH, mfu_percent=mfu_percent(model, device))
 
-    step, first_loss, next_line, tokens, line = 0, None, 0.0, 0, None
-    for x, y, progress in batches(DEVICE_BATCH_SIZE, device):
-        loss = model.loss(x, y, mask)
-        (loss / accumulation).backward()
-        tokens += x.numel()
-        if tokens % TOTAL_BATCH_SIZE:
+
+def train(model, optimizers, mask, rows, device):
+    """Steps until the budget is spent; how many."""
+    checkpoints = full.checkpoints(__file__, model, own(optimizers)) if FULL else None
+    counted = checkpoints.load() if checkpoints else {}
+    step, tokens = counted.get("step", 0), counted.get("tokens", 0)
+    objective = Objective(model, mask)
+    if ranks()[1] > 1:
+        objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    accumulation = TOTAL_BATCH_SIZE // (rows * SCALE.sequence_len * ranks()[1])
+    scaler = torch.amp.GradScaler(device.type, enabled=half(device) == torch.float16)
+    if counted:
+        scaler.load_state_dict(counted["scaler"])
+    first_loss, line, next_line, begun = counted.get("first_loss"), None, 0.0, 0.0
+    for x, y, progress in batches(rows, device, tokens, counted.get("seconds", 0.0)):
+        begun = begun if tokens % TOTAL_BATCH_SIZE else progress  # however many passes there are
+        tokens += x.numel() * ranks()[1]
+        last = tokens % TOTAL_BATCH_SIZE == 0
+        with contextlib.nullcontext() if last or ranks()[1] == 1 else objective.no_sync():
+            loss = objective(x, y)
+            scaler.scale(loss / accumulation).backward()
+        if not last:
             continue
-        set_schedules(optimizers, progress, step)
+        set_schedules(optimizers, begun, step)
+        for table in model.ngrams if ranks()[1] > 1 else ():
+            table.weight.grad = table.weight.grad.to_sparse(1)  # rows that some rank has seen
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.step(optimizer)
+        scaler.update()
         model.zero_grad(set_to_none=True)
         if progress >= next_line:  # the loss of the line before has long been there
-            first_loss = report(*line, first_loss) if line else None
+            first_loss = report(*line, first_loss) if line else first_loss
             line, next_line = (step, progress, read_later(loss)), progress + 0.02
         step += 1
+        if checkpoints and checkpoints.due(progress):
+            checkpoints.save(dict(step=step, tokens=tokens, seconds=SPENT.wall_seconds,
+                                  first_loss=first_loss, scaler=scaler.state_dict()))
     if line:
         report(*line, first_loss)
-    finish(model, num_steps=step, depth=DEPTH, mfu_percent=mfu_percent(model, device))
+    return step
 
 
 def mfu_percent(model, device):
     """Model FLOPs per second of training, over the device's peak; 0 where the peak is not known."""
-    from prepare import SPENT
-
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), math.inf)
-    return 100 * model.flops_per_token() * SPENT.tokens / SPENT.wall_seconds / peak
+    done = model.flops_per_token() * SPENT.tokens / ranks()[1]
+    return 100 * done / SPENT.wall_seconds / peak
 
 
 if __name__ == "__main__":

@@ -390,12 +390,11 @@ def end_all(child: subprocess.Popen[bytes], tree: Tree) -> None:
     for pid, parent in tree.parents.items():
         if parent == child.pid:  # under bubblewrap the init of a world that ends with it
             signal_first(pid, signal.SIGKILL)
-    while sys.platform == "linux" and time.monotonic() < deadline and tree.look().alive:
-        new = tree.alive.items() - told
+    while not reap(child) and sys.platform == "linux" and time.monotonic() < deadline:
+        new = tree.look().alive.items() - told
         for pid, _ in new or tree.alive.items():
             signal_first(pid, signal.SIGSTOP if new else signal.SIGKILL)
         told |= new
-        reap(child)
         if not new:  # on a core that this process has to itself by its priority, nobody could die
             time.sleep(0.001)
 
@@ -407,16 +406,19 @@ def signal_first(pid: int, number: int) -> None:
         os.sched_setscheduler(pid, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
 
-def reap(child: subprocess.Popen[bytes]) -> None:
-    """Collect the dead; keep the child's own status."""
+def reap(child: subprocess.Popen[bytes]) -> bool:
+    """Collect the dead; keep the child's own status. Whether no descendant is left, dead or alive.
+
+    The kernel is sure, as orphans become our children; /proc hides who is born as it is read.
+    """
     child.poll()
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG | WAIT_ALL)
         except ChildProcessError:
-            return
+            return True
         if pid == 0:
-            return
+            return False
         if pid == child.pid:
             child.returncode = os.waitstatus_to_exitcode(status)
 
@@ -541,7 +543,6 @@ def watch(
         return broken
     finally:
         end_all(child, tree)
-        reap(child)
         while select.select([child.stdout], [], [], 0)[0] and log.left > 0:
             data = os.read(child.stdout.fileno(), 65536)
             if not data:

@@ -1,14 +1,17 @@
 """A real checkout in tmp_path with a second-long contest: the real program, small numbers."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,8 +20,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PROGRAM = ("agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "report.py",
-           "researcher.py", "slots.py")  # fmt: skip
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+PROGRAM = ("agent.py", "cluster.py", "digest.py", "full.py", "journal.py", "promote.py",
+           "proposals.py", "report.py", "researcher.py", "slots.py")  # fmt: skip
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 
@@ -84,6 +88,7 @@ class Checkout:
             shutil.copy(ROOT / name, folder)
         self.exchange("prepare.py", r'Scale\("cpu", .*?\)', TINY)
         self.exchange("agent.py", r"\nBASELINE_RUNS = 3", f"\nBASELINE_RUNS = {baseline_runs}")
+        self.exchange("journal.py", "\nSLOWER = 0.10", "\nSLOWER = 0.99")  # milliseconds vary
         self.exchange("slots.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 4300",
                       "\nSCREEN_TOKENS, SCREEN_SECONDS = 270")  # fmt: skip
         self.write_train(TOY)
@@ -213,6 +218,7 @@ class Fault:
     cut: bool = False  # the connection is lost in mid-body
     pings: int = 0  # ten a second of them, and nothing else, after the body
     hang: float = 0.0  # seconds before anything is said
+    until: Callable[[], bool] = lambda: True  # nor before this holds, for a minute or two
 
 
 class ApiHandler(BaseHTTPRequestHandler):
@@ -230,6 +236,9 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def fail(self, fault):
         time.sleep(fault.hang)
+        deadline = time.monotonic() + 120
+        while not fault.until() and time.monotonic() < deadline:
+            time.sleep(0.1)
         self.send_response(fault.status)
         kind = "text/event-stream" if fault.status == 200 else "application/json"
         length = str(len(fault.body) + 1000 * fault.cut + len(PING) * fault.pings)
@@ -353,3 +362,12 @@ def cpu_rows(cache):
     done = sh(sys.executable, "prepare.py", cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return environment
+
+
+@pytest.fixture(scope="module")
+def train():
+    """The training file at the cpu scale, imported without training anything."""
+    before = os.environ.get("AUTORESEARCH_SCALE")
+    os.environ["AUTORESEARCH_SCALE"] = "cpu"
+    yield importlib.import_module("train")
+    os.environ.pop("AUTORESEARCH_SCALE") if before is None else None

@@ -1,4 +1,6 @@
-"""bench_upstream.py against a stand-in: a file with the other project's interface, made here."""
+"""bench_upstream.py against a stand-in: a file with the other project's interface, made here. And
+bench_seeds.py.
+"""
 
 import re
 import sys
@@ -7,6 +9,7 @@ import pytest
 from conftest import ROOT, sh
 
 sys.path.insert(0, str(ROOT / "tests"))
+import bench_seeds
 import bench_upstream
 
 import prepare
@@ -101,3 +104,16 @@ def test_a_file_that_is_not_the_known_one_is_refused():
         bench_upstream.adapted(STAND_IN.replace("F.rms_norm", "own_norm"), 0, True)
     with pytest.raises(prepare.SetupError, match="DEPTH is set 0 times"):
         bench_upstream.with_constants("HEAD_DIM = 3", {"DEPTH": 2})
+
+
+def test_the_edits_of_bench_seeds_fit_train_py():
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    for name, (search, _) in bench_seeds.EDITS.items():
+        assert not search or source.count(search) == 1, name
+
+
+def test_equal_seeds_take_away_what_two_versions_share():
+    first, second = [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]
+    assert bench_seeds.spread(first, second) == (0.0, pytest.approx(2**0.5))
+    equal, different = bench_seeds.spread(first, second[::-1])
+    assert (equal, different) == (2.0, pytest.approx(2**0.5))

@@ -28,7 +28,7 @@ from conftest import PROGRAM, TOY, TRUSTED, Checkout, Fault, late, proposal, sh
 
 import journal
 
-KILLS = int(os.environ.get("KILLS", 5))  # CI has 50; from 20, before each point and after it
+KILLS = int(os.environ.get("KILLS", 5))  # from 20, before each point and after it
 # Reads the score in train.py itself. STEP seconds are what a training would take.
 STAND_IN = """\
 import argparse, json, os, re, sys, time
@@ -917,6 +917,7 @@ def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
         'path = f"', 'result["total_tokens_M"] = 0.5 if args.run == "2" else 1.0\npath = f"'
     )
     (quick.folder / "referee.py").write_text(slow)
+    quick.exchange("journal.py", "\nSLOWER = .*", "\nSLOWER = 0.10")
     quick.commit_all()
     done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.5001))
     assert done.returncode == 0, done.stderr

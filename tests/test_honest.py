@@ -19,7 +19,6 @@ from textwrap import dedent, indent
 import pytest
 from conftest import ROOT, Checkout, sh
 
-pytestmark = pytest.mark.slow
 TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
 # 256 rows of 64 tokens; a sigma so large that no verdict but the referee's own drops anything.
 SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 16384, 0, 0.5)'
@@ -48,18 +47,21 @@ BLOCK = """\
         return x + self.mlp(norm(x))
 """
 EMBEDDING = "        self.embedding = nn.Embedding(V, width)\n"
-AUTOCAST = "torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda)"
+AUTOCAST = "torch.autocast(tokens.device.type, dtype, enabled=tokens.is_cuda)"
+HALF = "return torch.float32\n"
 LOGITS = "return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)"
 LOSS = """\
         hidden = self.hidden(tokens, mask).flatten(0, 1)  # (B * T, width)
         return ChunkedLoss.apply(hidden, self.head.weight, targets.flatten())
 """
-MUON = "Muon([dict(params=weights, lr=MATRIX_LR) for weights in by_shape.values()])"
+MUON = "Muon(groups) if ranks()[1] == 1 else full.divided(groups, Muon)"
 LEFT = "left = min(1.0, (1.0 - progress) / max(WARMDOWN_RATIO, 1e-9))"
 TO_DEVICE = "    model.to(device)\n"
-COUNTERS = "    step, first_loss, next_line, tokens, line = 0, None, 0.0, 0, None\n"
-STEP_LOSS = "        loss = model.loss(x, y, mask)\n"
+MADE_READY = "    objective = Objective(model, mask)\n"
+STEP_LOSS = "            loss = objective(x, y)\n"
+BATCHES = 'in batches(rows, device, tokens, counted.get("seconds", 0.0)):'
 STEPPED = "        step += 1\n"
+TRAINED = "    return step\n\n\n"
 FINISH = "    finish(model, "
 
 # ---------------------------------------------------------------------------
@@ -73,8 +75,8 @@ def after(place, *lines):
     return place, place + indent("\n".join(lines) + "\n", margin)
 
 
-def before_the_end(*lines):
-    return FINISH, indent("\n".join(lines) + "\n", "    ") + FINISH
+def before(place, *lines):
+    return place, indent("\n".join(lines) + "\n", "    ") + place
 
 
 def attention(code):
@@ -131,6 +133,7 @@ NO_NGRAMS = ('NGRAM_ORDER = {"cpu": 3', 'NGRAM_ORDER = {"cpu": 1')
 ONE_LAYER = [('DEPTH = {"cpu": 2', 'DEPTH = {"cpu": 1')]
 BFLOAT16 = [
     (TO_DEVICE, "    model.bfloat16().to(device)\n"),
+    (HALF, HALF.replace("float32", "bfloat16")),
     (LOGITS, "return SOFTCAP * torch.tanh(logits / SOFTCAP)"),
 ]
 AUTOCAST_BFLOAT16 = (AUTOCAST, "torch.autocast(tokens.device.type, torch.bfloat16)")
@@ -182,7 +185,10 @@ def main():
 # ---------------------------------------------------------------------------
 
 CHANGES = {
-    "nothing_but_a_name": [("self.embedding.weight.dtype\n", "self.head.weight.dtype\n")],
+    "nothing_but_a_name": [
+        ("def lr_multiplier(progress):", "def lr_factor(progress):"),
+        ('group["full_lr"] * lr_multiplier(progress)', 'group["full_lr"] * lr_factor(progress)'),
+    ],
     # Sizes
     "one_layer": ONE_LAYER,
     "no_ngrams": [NO_NGRAMS],
@@ -290,13 +296,13 @@ h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
         "self.mlp(norm(x))", "F.dropout(self.mlp(norm(x)), 0.1, self.training)"
     ))],
     "short_rows_first": [(
-        STEP_LOSS, "        seen = T // 2 if progress < 0.5 else T\n"
-                   "        loss = model.loss(x[:, :seen], y[:, :seen])\n",
+        STEP_LOSS, "            seen = x.size(1) // (2 if progress < 0.5 else 1)\n"
+                   "            loss = objective(x[:, :seen], y[:, :seen])\n",
     )],
     "gradient_clipping": [(
-        "        set_schedules(optimizers, progress, step)\n",
+        "        set_schedules(optimizers, begun, step)\n",
         "        nn.utils.clip_grad_norm_(model.blocks.parameters(), 1.0)\n"
-        "        set_schedules(optimizers, progress, step)\n",
+        "        set_schedules(optimizers, begun, step)\n",
     )],
     "gradient_checkpointing": [
         ("from torch import nn\n",
@@ -306,25 +312,27 @@ h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
          "x = checkpoint(block, x, values, cos, sin, mask, use_reentrant=False)"),
     ],
     # Optimizers and schedules
-    "adamw": [(MUON, MUON.replace("Muon", "torch.optim.AdamW").replace("MATRIX_LR", "0.003"))],
+    "adamw": [(MUON, "torch.optim.AdamW([group | dict(lr=0.003) for group in groups])")],
     "sgd_with_momentum": [(
         MUON, "torch.optim.SGD(list(model.blocks.parameters()), lr=0.1, momentum=0.9)"
     )],
     "lion": [
         ("def build_optimizers(model):\n", LION),
-        (MUON, MUON.replace("Muon", "Lion").replace("MATRIX_LR", "0.001")),
+        (MUON, "Lion([group | dict(lr=0.001) for group in groups])"),
     ],
     "warmup_and_no_warmdown": [(LEFT, "left = min(1.0, 0.1 + progress / 0.1)")],
     # What becomes of the trained weights
     "moving_average_of_weights": [
-        after(COUNTERS, "mean = [p.detach().clone() for p in model.parameters()]"),
+        after(MADE_READY, "mean = [p.detach().clone() for p in model.parameters()]"),
         after(
             STEPPED,
             "with torch.no_grad():",
             "    torch._foreach_lerp_(mean, list(model.parameters()), 0.2)",
         ),
-        before_the_end(
-            "with torch.no_grad():", "    torch._foreach_copy_(list(model.parameters()), mean)"
+        before(
+            TRAINED,
+            "with torch.no_grad():",
+            "    torch._foreach_copy_(list(model.parameters()), mean)",
         ),
     ],
     # Number formats
@@ -334,7 +342,10 @@ h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
         *ONE_LAYER, (AUTOCAST, "torch.autocast(tokens.device.type, torch.float16)")
     ],
     "float64_model": [
-        *ONE_LAYER, (TO_DEVICE, "    model.double().to(device)\n"), *BFLOAT16[1:]
+        *ONE_LAYER,
+        (TO_DEVICE, "    model.double().to(device)\n"),
+        (HALF, HALF.replace("float32", "float64")),
+        BFLOAT16[-1],
     ],
     # The process
     "two_threads": [("torch.set_num_threads(1)", "torch.set_num_threads(2)")],
@@ -344,11 +355,12 @@ h = F.relu(torch.einsum("btc,ech->bteh", x, self.up)).square()
     "batches_taken_ahead_by_a_thread": [
         ("import os\n\n", "import os\nfrom concurrent.futures import ThreadPoolExecutor\n\n"),
         ("def main():\n", AHEAD),
-        ("in batches(DEVICE_BATCH_SIZE, device):", "in ahead(batches(DEVICE_BATCH_SIZE, device)):"),
+        (BATCHES, "in ahead(" + BATCHES[3:-1] + "):"),
     ],
     "weights_saved_to_files_and_read_back": [
         ("import os\n\n", "import os\nimport tempfile\n\n"),
-        before_the_end(
+        before(
+            FINISH,
             "torch.save(model.state_dict(), 'model.pt')",
             "with tempfile.TemporaryFile() as file:",
             "    torch.save(torch.load('model.pt'), file)",
@@ -380,6 +392,7 @@ def honest_checkout(folder, cache, source):
     """A checkout with this train.py, and a scale that it fits."""
     checkout = Checkout(folder, cache)
     checkout.exchange("prepare.py", r'Scale\("cpu", .*?\)', SCALE)
+    checkout.exchange("agent.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all alike
     checkout.write_train(source)
     checkout.commit_all()
     checkout.env["AUTORESEARCH_BUDGET_TOKENS"] = BUDGET_TOKENS
@@ -417,6 +430,12 @@ def tried(tmp_path_factory, cache):
 
 
 @pytest.mark.parametrize("name", CHANGES)
+def test_an_honest_change_fits_train_py(name):
+    assert changed(name) != TRAIN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
 def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
     if name in SKIPPED:
         pytest.skip(SKIPPED[name])
@@ -427,6 +446,7 @@ def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLOCKED)
 def test_an_honest_change_keeps_to_the_clock(tried, name):
     rows, done = tried(name, clocked=True)
@@ -435,6 +455,7 @@ def test_an_honest_change_keeps_to_the_clock(tried, name):
     assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
 
 
+@pytest.mark.slow
 def test_an_honest_bfloat16_model_scores_the_same_by_hand_and_under_the_referee(tmp_path, cache):
     """To 1e-4: the same seed and rows, in process and through the shared memory."""
     checkout = honest_checkout(tmp_path / "checkout", cache, changed("bfloat16_model"))

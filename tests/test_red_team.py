@@ -125,7 +125,8 @@ class Night:
 
     def assert_honest_score(self, name, tolerance=1e-6):
         row, honest = self.row(name), self.row("baseline")
-        assert row["status"] == "discard" and "(" not in row["description"], row
+        assert row["status"] == "discard", row  # rounding may look like a gain, which is run again
+        assert row["description"].removesuffix(" (not confirmed)") == f"{name}.py", row
         assert float(row["val_bpb"]) == pytest.approx(float(honest["val_bpb"]), abs=tolerance)
 
 
@@ -403,6 +404,8 @@ def night_of(folder, cache):
         names = [n for n in ATTACKS if (n in CLOCKS, n in SLOW) == (timed, slow)]
         changes = {"EVALUATION_SECONDS": 15.0} if timed else {}
         checkout = make_checkout(folder("night"), cache, **changes)
+        checkout.exchange("agent.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all score alike
+        checkout.commit_all()
         if timed:
             del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
             checkout.env["AUTORESEARCH_BUDGET"] = "2"

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TOY, sh
 
+import prepare
 import referee
 
 
@@ -35,7 +37,10 @@ import referee
         ("def broken(", {}),
     ],
 )
-def test_what_a_program_sets_before_it_loads_torch_is_found_or_said_to_be_unclear(lines, found):
+def test_what_a_program_sets_before_it_loads_torch_is_found_or_said_to_be_unclear(
+    lines, found, monkeypatch
+):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # train.py sets it, where it is imported
     assert referee.early_environment(f"import os\n{lines}\n".encode()) == found
 
 
@@ -194,7 +199,8 @@ ROWS_A_PASS = 'DEVICE_BATCH_SIZE = {"cpu": 32, "gpu": '
 UNEVEN = REAL.replace(f"{ROWS_A_PASS}32", f"{ROWS_A_PASS}48")
 SCHEDULED = "        set_schedules("
 ACTS_LATE = REAL.replace(SCHEDULED, f"        late = progress > 0.8\n{SCHEDULED}")
-ACTS_LATE = ACTS_LATE.replace("    finish(model,", "    assert late\n    finish(model,")
+ACTS_LATE = ACTS_LATE.replace("    return step\n", "    assert late\n    return step\n")
+assert "    assert late" in ACTS_LATE
 WIDE_GATE = REAL.replace("x[..., :VALUE_GATE_CHANNELS]", "x[..., : VALUE_GATE_CHANNELS + 1]")
 
 
@@ -213,3 +219,13 @@ def test_what_fails_within_two_steps_is_told_apart(tmp_path, cpu_rows, source, r
     result = screen(tmp_path, cpu_rows, source, AUTORESEARCH_IMPORT="gpu")
     assert (result["status"] == "ok") == (not reason) and reason in result["reason"], result
     assert reason or result["num_steps"] == 2
+
+
+def test_a_busy_machine_may_answer_unevenly_but_not_train_meanwhile():
+    def check_pace(*taken):
+        referee.Confined.check_pace(SimpleNamespace(taken=taken, slack=1.3))
+
+    check_pace(*[0.06, 0.07, 0.08, 0.13] * 16)  # 1.4 s over the median, measured
+    check_pace(*[0.07] * 60, 0.7, 0.8)
+    with pytest.raises(prepare.Crash, match="trained on while answering"):
+        check_pace(*[0.07] * 60, 0.7, 0.9)

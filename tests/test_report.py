@@ -95,6 +95,17 @@ def test_no_run_a_baseline_only_crashes_and_one_keep(checkout):
     assert 'class="add">+SHARPNESS = 0.6' in page and command in page
 
 
+def test_the_share_of_time_in_training_is_of_all_slots():
+    """Four runs of 40 minutes, half of it training, in two hours: two of them side by side."""
+    run, minute = Run("t", {"sigma": 0.01}, ""), 60.0
+    for number, began in enumerate((0, 40, 40, 80)):
+        spans = dict(began=1 + began * minute, ended=1 + (began + 40) * minute)
+        run.history.append(Experiment(number, "", training_seconds=20 * minute, **spans))
+    words = report.Report("t", [])
+    report.tell_time(run, words)
+    assert words.words[0] == "2.0 hours on 2 slots, 33 % of them training."
+
+
 def test_intervals_of_a_gain_hold_what_they_say():
     """By fresh runs of baseline and best, sigma from a prior and the runs of a night."""
     choose, held = random.Random(1), 0
@@ -160,7 +171,12 @@ def test_page_in_a_real_browser(tmp_path, colour):
 def test_report_is_written_anew_during_the_night(checkout, api):
     checkout.exchange("agent.py", "\nREPORT_SECONDS = 60.0", "\nREPORT_SECONDS = 0.0")
     checkout.commit_all()
-    server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6"), Fault(401, hang=6.0))
+    page = checkout.folder / "runs/t/report.html"
+
+    def written():  # while the model is thinking about the next one
+        return page.exists() and "1 kept" in page.read_text(encoding="utf-8")
+
+    server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6"), Fault(401, until=written))
     done = checkout.agent("--tag", "t", env=server.env)
     assert done.returncode == 1 and "refuses" in done.stderr
-    assert "1 kept" in (checkout.folder / "runs/t/report.html").read_text(encoding="utf-8")
+    assert written()

@@ -12,6 +12,7 @@ def test_the_rule_finds_the_gains_and_keeps_little_else(sigma):
     assert ours["false"] <= 0.10
     assert ours["gain"] >= 0.93 * greedy["gain"] * 0.99  # a hundredth for the luck of 600 nights
     assert ours["inflation"] <= 0.5 * greedy["inflation"]
+    assert 0.93 <= ours["covered"] <= 0.97
 
 
 def test_a_night_where_nothing_can_be_found_keeps_nothing():

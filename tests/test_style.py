@@ -10,20 +10,22 @@ import pytest
 from conftest import ROOT
 
 CEILINGS = {
-    "prepare.py": 786,
+    "prepare.py": 810,
     "referee.py": 610,
     "warden.py": 785,
-    "train.py": 650,
-    "agent.py": 835,
+    "train.py": 665,
+    "full.py": 115,
+    "agent.py": 855,
     "slots.py": 460,
     "cluster.py": 315,
     "journal.py": 640,
     "proposals.py": 440,
-    "report.py": 495,
+    "report.py": 525,
+    "promote.py": 425,
     "researcher.py": 470,
     "digest.py": 315,
     "program.md": 120,
-    "README.md": 215,
+    "README.md": 240,
 }
 PYTHON = [name for name in CEILINGS if name.endswith(".py")]
 

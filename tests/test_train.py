@@ -1,7 +1,6 @@
 """train.py against oracles: plain attention, plain cross-entropy, SVD, determinism."""
 
 import ast
-import importlib
 import os
 import re
 import sys
@@ -14,15 +13,6 @@ from conftest import ROOT, sh
 from torch._dynamo.testing import CompileCounter
 
 import prepare
-
-
-@pytest.fixture(scope="module")
-def train():
-    """The training file at the cpu scale, imported without training anything."""
-    before = os.environ.get("AUTORESEARCH_SCALE")
-    os.environ["AUTORESEARCH_SCALE"] = "cpu"
-    yield importlib.import_module("train")
-    os.environ.pop("AUTORESEARCH_SCALE") if before is None else None
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ WARDEN = ROOT / "warden.py"
 IS_ROOT = os.geteuid() == 0
 NOBODY = 60_000  # an ordinary user, for tests that root runs
 MIB = 2**20
-STARTED_IN = 1.5  # seconds for the interpreters of the warden and of the command, on a busy machine
+SOON = 5.0  # seconds; a quiet machine ends all in 0.1 s, and who escapes lives on for 60 s
 
 # What a command in the cage starts with: facts from the test, and what came of each attempt.
 TOOLS = """\
@@ -1080,7 +1080,7 @@ def test_an_interrupted_self_test_leaves_nobody(means):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + SOON
     while session(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     left = session(process.pid)
@@ -1167,10 +1167,10 @@ def first(n, table):
 
 
 @pytest.mark.parametrize("attack", first(4, PERSISTENT))
-def test_nobody_is_left_a_second_after_the_limit(cage, attack):
+def test_nobody_is_left_after_the_limit(cage, attack):
     started = time.monotonic()
     done = cage.python(PERSISTENT[attack], options=["--seconds", "0.6"])
-    assert time.monotonic() - started < 0.6 + 1 + STARTED_IN
+    assert time.monotonic() - started < 0.6 + SOON
     assert done.status == 124 and "ended by a limit: " in done.error
     assert "ready" in done.log
 
@@ -1186,8 +1186,8 @@ warden.wait()
     run.await_word("ready")
     assert not run.everybody_is_gone()
     run.process.kill()
-    assert run.everybody_is_gone(within=1)
-    deadline = time.monotonic() + 1
+    assert run.everybody_is_gone(within=SOON)
+    deadline = time.monotonic() + SOON
     while list(cage.folder.glob("work-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not list(cage.folder.glob("work-*"))
@@ -1199,7 +1199,7 @@ def test_the_end_of_stdin_ends_all(cage, attack):
     run.await_word("ready")
     assert not run.everybody_is_gone()
     run.process.stdin.close()
-    assert run.everybody_is_gone(within=1)
+    assert run.everybody_is_gone(within=SOON)
     assert cage.finish().status == 124
 
 
@@ -1210,8 +1210,8 @@ def test_on_one_core_it_lets_them_die(cage):
     run = cage.start_python(PERSISTENT["daemons"], parent=[sys.executable, "-I", "-c", code])
     run.await_word("ready")
     run.process.stdin.close()
-    assert run.everybody_is_gone(within=3)
-    run.process.wait(timeout=3)
+    assert run.everybody_is_gone(within=SOON)
+    run.process.wait(timeout=SOON)
     assert cage.finish().status == 124
 
 
@@ -1220,7 +1220,7 @@ def test_a_signal_to_the_warden_ends_all(cage, number):
     run = cage.start_python(PERSISTENT["daemons"])
     run.await_word("ready")
     run.process.send_signal(number)
-    assert run.everybody_is_gone(within=1)
+    assert run.everybody_is_gone(within=SOON)
     assert cage.finish().status == 130
 
 
@@ -1228,7 +1228,7 @@ def test_a_daemon_that_keeps_stdout_open_delays_nothing(cage):
     started = time.monotonic()
     done = cage.python("daemon(live); say('ready'); os._exit(7)")
     assert (done.status, done.log) == (7, "ready\n")
-    assert time.monotonic() - started < 1 + STARTED_IN
+    assert time.monotonic() - started < SOON
 
 
 def test_what_is_said_last_is_in_the_log(cage):
@@ -1253,7 +1253,7 @@ def test_an_endless_flood_of_output_ends_at_the_limit(cage):
     started = time.monotonic()
     done = cage.run("yes", options=["--seconds", "0.5"])
     assert done.status == 124
-    assert time.monotonic() - started < 0.5 + 1 + STARTED_IN
+    assert time.monotonic() - started < 0.5 + SOON
     assert (cage.folder / "log").stat().st_size < warden.LOG_BYTES + 100
 
 
