@@ -78,7 +78,7 @@ def card():
     """(GB of the card, shares of DEPTH, of tokens a step, of rows a pass that it can have)."""
     gb = math.inf
     if SCALE.name == "gpu" and torch.cuda.is_available():
-        gb = torch.cuda.get_device_properties(0).total_memory / 2**30
+        gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     from_gb = {40: (1, 1, 1), 20: (2 / 3, 1 / 4, 1), 10: (1 / 2, 1 / 4, 1 / 2)}
     return gb, next((s for least, s in from_gb.items() if gb >= least), (4 / 9, 1 / 8, 1 / 4))
 
@@ -114,8 +114,9 @@ def half(device):
 
 
 def norm(x):
-    """RMS norm without a weight, over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),))
+    """RMS norm without a weight, over the last dimension; autocast would answer in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.size(-1),))
 
 
 def rotate(x, cos, sin):
@@ -265,8 +266,8 @@ class GPT(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(i, width, windows[i]) for i in range(DEPTH))
         self.head = nn.Linear(width, V, bias=False)
-        self.resid_lambdas = nn.Parameter(torch.ones(DEPTH))
-        self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_LAMBDA_INIT))
+        self.resid_lambdas = nn.Parameter(torch.empty(DEPTH))
+        self.x0_lambdas = nn.Parameter(torch.empty(DEPTH))
         self.register_buffer("cos", torch.empty(T, HEAD_DIM // 2), persistent=False)
         self.register_buffer("sin", torch.empty(T, HEAD_DIM // 2), persistent=False)
         self.register_buffer("mask", torch.empty(T, T, dtype=torch.bool), persistent=False)
@@ -275,6 +276,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Fill parameters and buffers; apart from __init__, so that "meta" can hold a model."""
         bound = INIT_SCALE * (3 / self.width) ** 0.5
+        self.resid_lambdas.fill_(1.0)
+        self.x0_lambdas.fill_(X0_LAMBDA_INIT)
         self.embedding.weight.normal_()
         self.head.weight.normal_(std=0.001)
         for table in self.ngrams:
@@ -535,6 +538,7 @@ def compile_all(model, optimizers, mask, n_rows):
     """Steps on made-up tokens, before the clock starts; then all is as if they had not been."""
     shape, device = (n_rows, SCALE.sequence_len + 1), model.cos.device
     model.zero_grad(set_to_none=True)
+    model.__dict__.pop("hidden", None)  # of an attempt with more rows
     torch.cuda.empty_cache()
     rows = torch.randint(SCALE.vocab_size, shape, device=device)
     with torch.no_grad():

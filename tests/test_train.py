@@ -147,6 +147,23 @@ def test_an_edited_number_of_the_optimizer_is_not_compiled_anew(train):
         assert torch.allclose(got, expected, atol=1e-5)
 
 
+def test_steps_before_the_clock_leave_no_trace(train, monkeypatch):
+    """What a GPU compiles by: parameters, and optimizers, are those of a run without it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = train.build_model()
+    model.init_weights()
+    optimizers = train.build_optimizers(model)
+    train.compile_all(model, optimizers, None, 2)
+    torch.manual_seed(train.run_seed())
+    fresh = train.build_model()
+    torch.manual_seed(train.run_seed())
+    fresh.init_weights()
+    for (name, got), wanted in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(got, wanted), name
+        assert got.grad is None
+    assert not any(optimizer.state for optimizer in optimizers)
+
+
 def test_hashed_ngrams_depend_on_their_n_tokens_only(train):
     x = tokens(2, 64)
     changed = x.clone()
