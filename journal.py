@@ -136,7 +136,7 @@ def git(*arguments: str, data: str | None = None, index: str | None = None) -> s
         command, cwd=ROOT, env=environment, input=data, capture_output=True, encoding="utf-8"
     )
     if done.returncode:
-        said = one_line(done.stderr) or f"exit status {done.returncode}"
+        said = one_line(done.stderr, 5000) or f"exit status {done.returncode}"  # with whole paths
         raise SetupError(f"git {arguments[0]}: {said}", "git status")
     return done.stdout
 
