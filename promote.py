@@ -77,10 +77,10 @@ class Stack:
 
 
 class Promotion(Run):
-    """Runs beside the night's; in each round all stacks have one seed, which no search has seen."""
+    """Runs beside the night's; the stacks of a round have one seed, used nowhere else."""
 
     def seed(self, number: int, count: int) -> int:
-        text = f"promotion {self.start} {self.settings()} {count}"
+        text = f"promotion {self.tag} {self.start} {self.settings()} {count}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
@@ -169,8 +169,7 @@ def measure(stage: Run, stacks: list[Stack], rounds: int, slots: list[Slot]) -> 
                 slot = free.pop(0)
                 busy[in_thread(run_once, stage, stack, slot)] = stack, slot
             for future in wait(busy, 1.0, FIRST_COMPLETED).done:
-                _, slot = busy.pop(future)
-                free.append(slot)
+                free.append(busy.pop(future)[1])
                 future.result()
     finally:
         STOP.set()
@@ -185,6 +184,8 @@ def run_once(stage: Run, stack: Stack, slot: Slot) -> None:
         return
     label = f"{stage.tag.rpartition('/')[2]}, round {len(done.values) + 1}: {stack.name}"
     train_fairly(stage, Task("best", done, stack.source, slot=slot), label, -math.inf)
+    if done.status == "crash":
+        (stage.folder(done.number) / "proposal.json").unlink()  # the same command tries it again
     value = f"{done.values[-1]:.6f}" if done.status != "crash" and done.values else done.reason
     say(f"{label}: {value}")
 
@@ -403,8 +404,7 @@ def finish(
     gain = effect(baseline, final, *pooled([baseline, final], run.sigma()))
     name = write_branch(run, taken)
     conclude(run, f"{len(taken)} commits hold, together {gain} in fresh runs: {name}")
-    picked = " ".join(e.commit[:7] for e in taken)
-    conclude(run, f"take them: git cherry-pick {picked}")
+    conclude(run, f"take them: git cherry-pick {run.start[:7]}..{name}")
 
 
 def write_branch(run: Run, taken: list[Experiment]) -> str:

@@ -269,7 +269,7 @@ def verdict(run: Run, sigma: float) -> list[str]:
         low = min(v for e in run.history for v in e.values if e.believed())
         claimed = first.values[0] - low if first.values else math.nan
         if claimed > 0:
-            luck = 100 * max(0.0, 1 - gain / claimed)
+            luck = 100 * min(1.0, max(0.0, 1 - gain / claimed))
             words.append(f"The lowest single number is {low:.6f}: a search that believes it "
                          f"claims {claimed:.6f}, of which {luck:.0f} % is luck.")
         false = sum(false_keep(e.gain, keep_error(run, e, sigma)) for e in tried
@@ -309,7 +309,7 @@ def kept_commit(run: Run, done: Experiment, sigma: float) -> dict[str, Any]:
 
 def tell_time(run: Run, report: Report) -> None:
     """Where the seconds of the night went."""
-    timed = sorted((e for e in run.history if e.ended), key=lambda e: e.began)
+    timed = sorted((e for e in run.history if e.began and e.ended), key=lambda e: e.began)
     if not timed:
         return
     begin, end = timed[0].began, max(e.ended for e in timed)
@@ -358,7 +358,7 @@ def draw(report: Report, colours: dict[str, str], width: float = 10.0) -> bytes:
               "keep": [p for p in scored if p.status == "keep"]}  # fmt: skip
     if scored:
         kept = groups["keep"] or scored[:1]
-        steps = [p.number for p in kept] + [max(p.number for p in scored)]
+        steps = [*itertools.accumulate((p.number for p in (*kept, scored[-1])), max)]  # by slots
         lows = [p.val_bpb for p in kept] + [kept[-1].val_bpb]
         axes.step(steps, lows, where="post", color=colours["keep"], label="best")
         if report.sigma > 0:
@@ -375,7 +375,8 @@ def draw(report: Report, colours: dict[str, str], width: float = 10.0) -> bytes:
                           elinewidth=0.7, alpha=0.6 if kind == "drop" else 1, label=names[kind])
     for p in groups["keep"][-LABELS:]:
         axes.annotate(one_line(p.description, 34), (p.number, p.val_bpb), fontsize=7, rotation=25,
-                      xytext=(3, 4), textcoords="offset points", color=colours["text"])  # fmt: skip
+                      xytext=(3, 4), textcoords="offset points", color=colours["text"],
+                      parse_math=False)  # fmt: skip
     axes.set_xlabel("experiment", color=colours["text"])
     axes.set_ylabel("val_bpb, lower is better", color=colours["text"])
     axes.tick_params(colors=colours["text"])

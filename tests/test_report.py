@@ -27,7 +27,7 @@ def checkout(checkout):
 FIELD = """\
 commit\tval_bpb\tmemory_gb\tstatus\tdescription
 baseline\t0.997900\t44.0\tkeep\tbaseline
-a1b2c3d\t0.993200\t44.2\tkeep\tincrease LR to 0.04
+a1b2c3d\t0.993200\t44.2\tkeep\tincrease $\\lr$ to 0.04
 b2c3d4e\t1.005000\t44.0\tdiscard\tswitch to GeLU
 c3d4e5f\t0.000000\t0.0\tcrash\tdouble model width (OOM)
 d4e5f6a\tnan\t0.0\tcrash\ta tab\tin the text
@@ -99,8 +99,9 @@ def test_the_share_of_time_in_training_is_of_all_slots():
     """Four runs of 40 minutes, half of it training, in two hours: two of them side by side."""
     run, minute = Run("t", {"sigma": 0.01}, ""), 60.0
     for number, began in enumerate((0, 40, 40, 80)):
-        spans = dict(began=1 + began * minute, ended=1 + (began + 40) * minute)
+        spans = dict(began=1e9 + began * minute, ended=1e9 + (began + 40) * minute)
         run.history.append(Experiment(number, "", training_seconds=20 * minute, **spans))
+    run.history.append(Experiment(4, "does not fit on the new best", ended=1e9))  # was never run
     words = report.Report("t", [])
     report.tell_time(run, words)
     assert words.words[0] == "2.0 hours on 2 slots, 33 % of them training."
