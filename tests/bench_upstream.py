@@ -2,7 +2,7 @@
 
 python tests/bench_upstream.py PATH                        # 3 pairs at this machine's scale
 python tests/bench_upstream.py PATH --pairs 5 --budget 60
-python tests/bench_upstream.py PATH --depth 8 --width 512  # both of one size
+python tests/bench_upstream.py PATH --depth 8 --width 512  # both of one size, windows and batch
 
 PATH is a checkout of it, or a file like its train.py, of which a changed copy runs: `prepare` is
 tests/upstream_prepare.py, the seed is ours. Its timer stays its own: on a GPU its first 11 steps
@@ -26,6 +26,13 @@ import prepare  # noqa: E402
 SIZES = ("DEPTH", "ASPECT_RATIO", "HEAD_DIM", "TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE")
 COMPARED = ("val_bpb", "tokens_s", "num_steps", "peak_vram_mb")
 FREE_STEPS = 11
+# What ours takes over from its file on a GPU where both are to be of one size.
+LIKE_ITS = {
+    "TOTAL_BATCH_SIZE": 2**19,
+    "DEVICE_BATCH_SIZE": 128,
+    "WINDOW_PATTERN": '"SSSL"',
+    "SHORT_WINDOW_DIVISOR": 2,
+}
 # (pattern, replacement) in its text; each must be found.
 ALWAYS = (
     (r"^from kernels import get_kernel$", "from prepare import get_kernel, rms_norm"),
@@ -40,7 +47,7 @@ ON_A_CPU = (
 )
 
 
-def with_constants(source: str, values: dict[str, int]) -> str:
+def with_constants(source: str, values: dict[str, int | str]) -> str:
     """`source` with other values of constants at its top level. Raises SetupError without one."""
     for name, value in values.items():
         source, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.M)
@@ -111,9 +118,11 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="a checkout of karpathy/autoresearch")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--budget", help="seconds of training, default the scale's")
-    parser.add_argument("--depth", type=int, help="layers of both")
-    parser.add_argument("--width", type=int, help="of both")
+    parser.add_argument("--depth", type=int, help="layers of both, with --width")
+    parser.add_argument("--width", type=int, help="of both, with --depth")
     args = parser.parse_args()
+    if bool(args.depth) != bool(args.width):
+        parser.error("--depth and --width go together: one follows from the other, and not alike")
     if args.budget:
         os.environ["AUTORESEARCH_BUDGET"] = args.budget
     scale = prepare.current_scale()
@@ -124,11 +133,9 @@ def main() -> None:
     prepare.ensure_rows(scale, None)
     sizes = constants(ours, scale.name) if on_cpu else {}
     if args.depth:
-        sizes["DEPTH"] = args.depth
-    if args.width:
-        sizes["ASPECT_RATIO"] = -(-args.width // sizes.get("DEPTH", 8))
+        sizes |= {"DEPTH": args.depth, "ASPECT_RATIO": -(-args.width // args.depth)}
     theirs = with_constants(theirs, sizes)
-    ours = with_constants(ours, sizes)
+    ours = with_constants(ours, sizes | (LIKE_ITS if args.depth and not on_cpu else {}))
     print(f"scale {scale.name}, {scale.budget:g} s each, sizes {sizes or 'as they are'}")
     ratios = []
     for seed in range(args.pairs):
