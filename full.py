@@ -25,7 +25,7 @@ def join(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        torch._dynamo.config.optimize_ddp = False  # it would split graphs, and knows no FlexAttention
+        torch._dynamo.config.optimize_ddp = False  # which takes no FlexAttention
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
