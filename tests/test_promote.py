@@ -2,6 +2,7 @@
 
 import difflib
 import html
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,19 @@ import time
 
 import pytest
 from conftest import TOY
+from test_faults import STAND_IN, stand_in
 
 import promote
 
 # SHARPNESS in three parts, each in its place, the last of which is good for a shallow model only.
 PARTS = "DEPTH = 1\n" + "\n# between\n# the\n# parts\n".join(("A = 0.1", "B = 0.1", "C = 0.0"))
 SHARPNESS = "\n# apart\n# from\n# them\nSHARPNESS = A + B + (C if DEPTH == 1 else -C)"
+# The stand-in for a referee adds them up.
+ADD_UP = """\
+names = {}
+exec("\\n".join(re.findall(r"^(?:DEPTH|A|B|C|SHARPNESS) = .*", source, re.M)), names)
+value = names["SHARPNESS"]
+"""
 
 
 def test_three_way_merge_takes_one_commit_out_and_tells_a_conflict():
@@ -50,6 +58,10 @@ def test_an_effect_is_told_only_beyond_its_interval():
 def test_what_holds_is_on_the_branch_and_what_only_seemed_to_is_not(checkout):
     start = TOY.replace("SHARPNESS = 0.5", PARTS + SHARPNESS)
     checkout.write_train(start)
+    stand_in(checkout, 0.2)
+    path = checkout.folder / "referee.py"
+    (read,) = re.findall("^value = .*\n", STAND_IN, re.M)
+    path.write_text(path.read_text().replace(read, ADD_UP))
     checkout.commit_all()
     patches = []
     for old, new in (("A = 0.1", "A = 0.2"), ("B = 0.1", "B = 0.2"), ("C = 0.0", "C = 0.1")):
