@@ -26,6 +26,7 @@ PLATEAU = 10  # candidates without a keep, then another kind of idea is asked fo
 # val_bpb that e times the tokens are worth, about: at `cpu` 1.324 → 1.181 from 30 to 60 seconds,
 # at `gpu` 1.008 → 0.998 for 18 % of the steps.
 TOKENS_WORTH = {"cpu": 0.2, "gpu": 0.05}
+BULLET = re.compile(r"^([-*+]|\d+[.)]) (\[ \] )?")
 FACE = ("Scale", "current_scale", "device_type", "run_seed", "batches", "evaluate", "finish")
 
 
@@ -112,14 +113,15 @@ def near_misses(tried: list[Experiment], sigma: float) -> list[str]:
     for e in tried:
         for number in e.combines:
             later.setdefault(number, []).append(e)
-    close = [e for e in tried if e.status == "discard" and e.gain is not None and e.gain > -sigma]
+    close = [e for e in tried if e.status == "discard" and e.believed()
+             and e.gain is not None and e.gain > -sigma]
     close = sorted(close, key=lambda e: (-e.gain, e.number))[:NEAR]
 
     def line(e: Experiment) -> str:
         since = [f"{c.number} ({c.status}, {signed(c.gain)})" for c in later.get(e.number, [])]
         return line_of(e) + (f"; combined in {', '.join(since)}" if since else "")
 
-    return [line(e) for e in close if e.believed()]
+    return [line(e) for e in close]
 
 
 def alone(done: Experiment) -> bool:
@@ -180,12 +182,13 @@ def causes(tried: list[Experiment]) -> list[str]:
 def open_ideas(text: str, tried: list[Experiment]) -> list[str]:
     """The lines of ideas.md that are no heading and not ticked off, and what became of each."""
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"#|[-*] \[[xX]\]|<!--", line)]
-    ideas = [one_line(re.sub(r"^([-*+]|\d+[.)]) (\[ \] )?", "", line)) for line in lines]
+    ticked = re.compile(r"#|<!--|([-*+]|\d+[.)]) \[[xX]\]")
+    ideas = [one_line(BULLET.sub("", line)) for line in lines if line and not ticked.match(line)]
     taken: dict[str, list[str]] = {}
     for e in tried:
         if e.idea:
-            taken.setdefault(e.idea, []).append(f"{e.number} {e.status} {signed(e.gain)}")
+            said = BULLET.sub("", e.idea.partition(" (taken up: ")[0])  # as it is shown here
+            taken.setdefault(said, []).append(f"{e.number} {e.status} {signed(e.gain)}")
     return [f"- {each}" + (f" (taken up: {', '.join(taken[each])})" if each in taken else "")
             for each in ideas]
 

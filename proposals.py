@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -18,11 +19,11 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from journal import Experiment, Run, fingerprint, one_line, say
+from journal import Experiment, Run, fingerprint, one_line, patiently, say
 from prepare import SetupError
 
 KINDS = ("tune", "structure", "remove", "combine", "retry")
@@ -80,16 +81,17 @@ class Proposal:
 
 
 def apply_edits(source: str, edits: list[Edit]) -> str:
-    """`source` with all edits made, or Rejected; each SEARCH must match exactly once."""
+    """`source` with all edits made, or Rejected; each SEARCH must match it exactly once."""
     if not edits:
         raise Rejected("There is no edit. Send at least one SEARCH/REPLACE pair for train.py.")
+    spans = []
     for index, edit in enumerate(edits, 1):
         if edit.file != "train.py":
             raise Rejected(f"Edit {index} is for {edit.file}. You may edit train.py only.")
-        found = source.count(edit.search) if edit.search else 0
-        if found > 1:
-            raise Rejected(f"The SEARCH of edit {index} matches {found} places. Send it again with "
-                           "enough of the lines around it to match exactly once.")
+        found = places(edit.search, source)
+        if len(found) > 1:
+            raise Rejected(f"The SEARCH of edit {index} matches {len(found)} places. Send it again "
+                           "with enough of the lines around it to match exactly once.")
         if not found:
             first = next((line for line in edit.search.splitlines() if line.strip()), "")[:200]
             known = [line[:200] for line in source.splitlines()]  # longer ones would take minutes
@@ -97,8 +99,22 @@ def apply_edits(source: str, edits: list[Edit]) -> str:
             lines = "\n".join(near) or "(none)"
             raise Rejected(f"The SEARCH of edit {index} matches nowhere in train.py. Copy it to "
                            f"the letter, indentation included. The nearest lines:\n{lines}")
-        source = source.replace(edit.search, edit.replace)
+        spans.append((found[0], found[0] + len(edit.search), edit.replace))
+    spans.sort(reverse=True)
+    for (later, _, _), (_, end, _) in itertools.pairwise(spans):
+        if later < end:
+            raise Rejected("Two edits overlap: each SEARCH is of the train.py that you were shown.")
+    for start, end, text in spans:  # from the last to the first, so that places stay valid
+        source = source[:start] + text + source[end:]
     return source
+
+
+def places(text: str, source: str) -> list[int]:
+    """Where a text stands and cuts no name: EMBEDDING_LR is not in UNEMBEDDING_LR."""
+    if not 0 < len(text) <= len(source):
+        return []
+    start, end = (r"\b" if re.match(r"\w", each) else "" for each in (text, text[-1]))
+    return [found.start() for found in re.finditer(start + re.escape(text) + end, source)]
 
 
 def complete(proposal: Proposal, run: Run) -> Proposal:
@@ -113,12 +129,14 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
         raise Rejected(f"train.py would have {len(source)} characters, over {MAX_SOURCE}.")
     try:
         compile(source, "train.py", "exec")
-        new = fingerprint(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+        new, holds = fingerprint(source), asserts_hold(source, run.scale)
+        skeleton(source, run.scale["name"])
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError,
+            OverflowError) as error:
         raise Rejected(f"The edited train.py does not compile: {error}. Mend it.") from error
     if new == fingerprint(best):
         raise Rejected("The edits change nothing, or comments only. Change what the program does.")
-    for tried in run.experiments():
+    for tried in (e for e in run.history if e.status != "measure"):
         if new == (tried.program or fingerprint(run.source_of(tried))):
             what = f"experiment {tried.number} again: {tried.description}, {tried.status}"
             raise Rejected(f"This is {what}, val_bpb {tried.val_bpb():.6f}. Try another idea.")
@@ -127,7 +145,7 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
         if not own and new == fingerprint(other.source):
             said = f"experiment {other.number} again, which is not over: {other.description}"
             raise Rejected(f"This is {said}. Try another idea.")
-    if not asserts_hold(source, run.scale):
+    if not holds:
         raise Rejected("An assertion at the top of train.py would fail with these constants.")
     proposal.source, proposal.base = source, run.best().commit
     return proposal
@@ -157,7 +175,8 @@ def patches(files: list[Path]) -> Proposer:
             if mark in rejected or any(e.proposer == mark for e in [*run.history, *run.running]):
                 continue
             try:
-                return complete(read_patch(path.name, text, mark, run), run)
+                proposal = patiently(read_patch, path.name, text, mark, run)
+                return patiently(complete, proposal, run)
             except Rejected as rejection:
                 rejected.add(mark)
                 say(f"rejected: {path.name}: {one_line(str(rejection), 300)}")
@@ -239,7 +258,7 @@ class Knob:
         return min(SAMPLER_STEPS, key=lambda step: (abs(self.at(step) - value), abs(step)))
 
 
-@cache
+@lru_cache(maxsize=32)
 def read_knobs(source: str, scale: str) -> dict[str, Knob]:
     """The positive numbers among the upper-case constants above the first definition, by name.
 
@@ -317,7 +336,7 @@ def identify(done: Experiment, source: str, old: str, scale: str) -> None:
     done.places = [name for name in {**new, **known} if new.get(name) != known.get(name)]
 
 
-@cache
+@lru_cache(maxsize=32)
 def definitions(source: str) -> dict[str, str]:
     """What stands at the top of a program, by name, as syntax trees; of classes each method."""
     found: dict[str, str] = {}
@@ -345,7 +364,8 @@ def near_copy(proposal: Proposal, run: Run) -> Experiment | None:
     def close(old: Experiment) -> bool:
         return all(abs(v - old.knobs[n]) <= SAME * abs(old.knobs[n]) for n, v in own.knobs.items())
 
-    same = [e for e in [*run.experiments(), *others] if e.skeleton == own.skeleton]
+    tried = [e for e in run.history if e.status != "measure"]
+    same = [e for e in [*tried, *others] if e.skeleton == own.skeleton]
     return next((e for e in same if e.knobs.keys() == own.knobs.keys() and close(e)), None)
 
 
@@ -411,9 +431,8 @@ def sampler(run: Run) -> Proposal | None:
         known = len(run.history) + len(run.running)
         choose = random.Random(f"{run.tag} {known} {attempt}")
         seed = choose.randrange(2**31)
-        study = optuna.create_study(
-            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=SAMPLER_STARTUP)
-        )
+        options = dict(n_startup_trials=SAMPLER_STARTUP, multivariate=False)  # few knobs at a time
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, **options))
         study.add_trials(tried)
         changed = choose.sample(sorted(space), k=min(len(space), choose.choice((1, 1, 2, 3))))
         steps = study.ask({n: space[n] for n in changed}).params
@@ -421,7 +440,7 @@ def sampler(run: Run) -> Proposal | None:
         proposed = set_knobs(source, values)
         moved = [f"{k.name} {k.value!r} → {v!r}" for k, v in values.items() if v != k.value]
         lines = zip(lines_of(source), lines_of(proposed), strict=True)
-        edits = [Edit("\n" + old, "\n" + new) for old, new in lines if old != new]
+        edits = [Edit("\n" + old[:-1], "\n" + new[:-1]) for old, new in lines if old != new]
         try:
             if edits:
                 idea = Proposal(", ".join(moved), "", edits, "sampler", kind="tune")

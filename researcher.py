@@ -124,7 +124,7 @@ PROPOSE_TOOL = {
 }  # fmt: skip
 # An edit in a reply without tools; the fences around it do not matter.
 BLOCK = re.compile(r"^<{5,9} SEARCH *\n(.*?)^={5,9} *\n(.*?)^>{5,9} REPLACE", re.M | re.S)
-FIELD = re.compile(r"^\W*(description|hypothesis|kind|idea)\W*:\W*(.+)", re.M | re.I)
+FIELD = re.compile(r"^[^\w\n]*(description|hypothesis|kind|idea)[^\w\n]*:[^\w\n]*(.+)", re.M | re.I)
 
 
 def bill(model: str, usage: Any) -> dict[str, float]:
@@ -152,7 +152,7 @@ def parse_reply(message: Any) -> Proposal:
         texts |= {name: given.get(name) or "" for name in ("kind", "idea")}
         edits = [Edit(**edit) for edit in given["edits"]]
         combines = [int(number) for number in given.get("combines") or []]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise Rejected(f"The call does not follow the schema of `propose`: {error!r}.") from error
     strings = [*texts.values(), *(text for edit in edits for text in vars(edit).values())]
     if not all(isinstance(text, str) for text in strings):
@@ -166,6 +166,7 @@ def parse_reply(message: Any) -> Proposal:
 
 def parse_text(text: str) -> dict[str, Any]:
     """The same from a reply in text. Raises Rejected, with what to send, if it has no edits."""
+    text = text.replace("\r\n", "\n")
     edits = [{"search": old, "replace": new} for old, new in BLOCK.findall(text)]
     if not edits and "```" in text:
         raise Rejected("The reply has code, but no edit. Do not send the file: call `propose`, or "
@@ -240,8 +241,9 @@ class Api:
                     self.spend(self.model, reply.usage)
                 return reply
             except Exception as error:  # of the SDK and all below it, whatever a server may send
-                odd = getattr(error, "status_code", 0) in (400, 422)
-                odd = odd or any("json" in s.response.headers.get("content-type") for s in streams)
+                odd = getattr(error, "status_code", 0) in (400, 422) and not is_blocked(error)
+                kinds = [str(s.response.headers.get("content-type")) for s in streams]
+                odd = odd or any("json" in kind for kind in kinds)
                 if odd and not self.proven and not self.plain:
                     self.plain = True
                     said = "the answer is no stream" if streams else one_line(words(error), 100)
@@ -252,7 +254,7 @@ class Api:
                 self.back_off(error)
             finally:  # a reply that broke off is paid for too
                 with suppress(IndexError, AssertionError):
-                    self.spend(self.model, streams[0].current_message_snapshot.usage)
+                    self.spend(self.model, usage_of(streams[0].current_message_snapshot))
 
     def await_reply(self, request: dict[str, Any], streams: list[Any]) -> Any:
         """The whole reply to one request, whose stream stands in `streams` as soon as it begins.
@@ -265,13 +267,18 @@ class Api:
             asked = {"max_tokens": MAX_TOKENS, "tools": [PROPOSE_TOOL], **request,
                      "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
             if self.plain:
-                reply = self.client.messages.create(model=self.model, **plain(request))
+                limit = REPLY_LOOKS * REPLY_SECONDS  # no pings here
+                reply = self.client.messages.create(
+                    model=self.model, timeout=limit, **plain(request))
                 if not hasattr(reply, "stop_reason"):
                     raise ValueError("the answer is no message")
                 return reply
             with self.client.messages.stream(model=self.model, **asked) as stream:
                 streams.append(stream)
-                return stream.get_final_message()
+                message = stream.get_final_message()
+            if message.stop_reason is None:
+                raise ConnectionError("the reply broke off")
+            return message
 
         answer = in_thread(fetch)
         with doing(f"asking {self.model}"):
@@ -322,6 +329,20 @@ def words(error: Any) -> str:
     inner = body.get("error") if isinstance(body, dict) else None
     said = inner.get("message") if isinstance(inner, dict) else getattr(error, "message", "")
     return str(said or error or repr(error))
+
+
+def usage_of(reply: Any) -> Any:
+    """What a reply has used; one that broke off has counted its output at the start only."""
+    if reply.stop_reason is None and reply.usage:
+        said = sum(len(str(getattr(block, name, None) or "")) for block in reply.content
+                   for name in ("text", "thinking", "input"))
+        reply.usage.output_tokens = max(reply.usage.output_tokens or 0, said // 3)
+    return reply.usage
+
+
+def is_blocked(error: Any) -> bool:
+    """Whether a filter has stopped this one reply; the next may pass."""
+    return "content filter" in str(error)
 
 
 def is_hopeless(error: Exception) -> bool:
@@ -414,7 +435,7 @@ class Claude:
             try:
                 message = self.api.ask(request)
             except SetupError as refusal:
-                if turn == 0:
+                if turn == 0 and not is_blocked(refusal):
                     raise
                 say(f"no repair: {one_line(str(refusal), 300)}")  # a fresh start shows what it is
                 return None

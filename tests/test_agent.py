@@ -146,6 +146,17 @@ def test_edits_are_all_made_or_none():
     with pytest.raises(Rejected, match="edit 2 matches 2 places"):
         apply_edits("a\nb\nb\n", [Edit("a", "c"), Edit("b", "d")])
     assert apply_edits("a\nb\n", [Edit("a", "c"), Edit("b", "d")]) == "c\nd\n"
+    assert apply_edits("a\nb\n", [Edit("b\n", "a\n"), Edit("a\n", "b\n")]) == "b\na\n"  # as shown
+    with pytest.raises(Rejected, match="overlap"):
+        apply_edits("a\nb\nc\n", [Edit("a\nb", "x"), Edit("b\nc", "y")])
+
+
+def test_a_search_cuts_no_name():
+    source = "EMBEDDING_LR = 0.8\nUNEMBEDDING_LR = 0.9\n"
+    with pytest.raises(Rejected, match="nowhere"):
+        apply_edits(source, [Edit("EMBEDDING_LR = 0.9", "EMBEDDING_LR = 0.7")])
+    changed = apply_edits(source, [Edit("EMBEDDING_LR", "LR")])
+    assert changed == "LR = 0.8\nUNEMBEDDING_LR = 0.9\n"
 
 
 def test_edit_of_another_file_is_rejected():

@@ -206,6 +206,25 @@ def test_hidden_scores_and_what_a_log_says_stay_where_they_belong():
     assert told.count("</log>") == told.count("<log>") == 2
 
 
+def test_what_is_set_aside_as_too_good_hides_no_near_miss():
+    history = History()
+    for n in range(digest.NEAR):
+        history.add("discard", f"wonder {n}", values=[0.5], reason="suspicious: too good")
+    history.add("discard", "honest", values=[1.2376])
+    (line,) = digest.near_misses(history.run.experiments(), 0.005)
+    assert "honest" in line
+
+
+def test_an_idea_is_taken_up_however_it_is_quoted():
+    history = History()
+    for idea in ("- be blunter", "be blunter (taken up: 1 discard +0.001)", "1. other"):
+        history.add("discard", "x", values=[1.24], idea=idea)
+    text = "# ideas\n- be blunter\n2. other\n+ [x] done\n1. [X] done too\n* fresh\n"
+    blunter, other, fresh = digest.open_ideas(text, history.run.experiments())
+    assert "1 discard" in blunter and "2 discard" in blunter and "3 discard" in other
+    assert fresh == "- fresh"
+
+
 def test_public_face_has_signatures_and_no_bodies():
     face = digest.public_face((ROOT / "prepare.py").read_text(encoding="utf-8"))
     for name in digest.FACE:

@@ -1,5 +1,6 @@
 """The language model's side: replies that are none, models and servers of every kind, ideas.md."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -76,6 +77,33 @@ def test_a_call_against_the_schema_is_rejected(given):
         call.input = {}
     with pytest.raises(Rejected, match="schema"):
         researcher.parse_reply(reply(call, stop="tool_use"))
+
+
+def test_lines_of_a_windows_server_and_an_empty_field_are_read_alike():
+    text = "description:\n\nhypothesis: because\n\n" + BLOCKS.partition("```")[2]
+    found = researcher.parse_reply(reply(said(text.replace("\n", "\r\n"))))
+    assert found.hypothesis == "because" and len(found.edits) == 2
+
+
+def test_a_reply_that_broke_off_has_used_what_it_had_said():
+    usage = SimpleNamespace(input_tokens=9, output_tokens=1)
+    broken = reply(said("word " * 300), stop=None)
+    broken.usage = usage
+    assert researcher.usage_of(broken).output_tokens == 500
+    whole = reply(said("word " * 300))
+    whole.usage = SimpleNamespace(output_tokens=1)
+    assert researcher.usage_of(whole).output_tokens == 1
+
+
+def test_a_reply_that_a_filter_blocks_is_one_in_vain(checkout, api):
+    blocked = {"type": "invalid_request_error",
+               "message": "Output blocked by content filtering policy"}
+    body = json.dumps({"type": "error", "error": blocked})
+    server = api(Fault(400, body), Fault(200, f"event: error\ndata: {body}\n\n"), sharper(0.6))
+    done = checkout.agent("--experiments", "1", "--tag", "t", env=server.env)
+    assert done.returncode == 0 and not server.replies, done.stderr
+    assert checkout.rows()[1]["description"] == "sharper"
+    assert all(request["max_tokens"] == 32_000 for request in server.requests)  # not asked plainly
 
 
 def sharper(value, description="sharper", base=0.5, **more):
@@ -204,5 +232,9 @@ def test_sampler_learns_from_scores_of_the_same_structure_only():
     assert len(proposals.alike(history.run)) == 13
     (line,) = proposals.sampler_view(history.run)
     assert line.startswith("MATRIX_LR: ") and "in the best quarter 0.01 to" in line
+    back = proposals.Proposal("", "", [Edit("MATRIX_LR = 0.05", "MATRIX_LR = 0.04")], "x")
+    history.add("keep", "k", {"MATRIX_LR": 0.05}, [1.2])
+    with pytest.raises(Rejected, match="experiment 0 again: baseline"):
+        proposals.complete(back, history.run)
     history.add("keep", "s", edit=("return x", "return -x"), values=[1.0])
     assert len(proposals.alike(history.run)) == 1 and proposals.sampler_view(history.run) == []
