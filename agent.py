@@ -49,6 +49,7 @@ from journal import (
     Run,
     append_rows,
     commit_message,
+    fingerprint,
     flush_screen,
     git,
     git_folder,
@@ -82,6 +83,7 @@ from slots import (
     choose_slots,
     end_leftover,
     read_json,
+    result_path,
     screen,
     train_once,
     trusted_command,
@@ -195,7 +197,7 @@ def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.in
     done = task.done
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
-        count = 1 + sum(e.runs + e.disturbed for e in [*run.of(done.number), done])
+        count = 1 + runs_of(run, done.number, done)
         add_result(run, done, train_once(run, task, count, label, hidden_below), label)
         if done.status == "crash":
             return True
@@ -204,6 +206,11 @@ def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.in
             return True
     done.reason = f"disturbed: {done.reason}"
     return False
+
+
+def runs_of(run: Run, number: int, *more: Experiment) -> int:
+    """How often it was run, with what is not yet recorded."""
+    return sum(e.runs + e.disturbed for e in [*run.of(number), *more])
 
 
 def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -> None:
@@ -297,10 +304,11 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
     commit = patiently(write_commit, source, parent, commit_message(done, run.settings()))
     ref = f"refs/autoresearch/{run.tag}/{done.number}"
     if done.number == 0 or done.status == "measure":
-        count = sum(e.status == "measure" for e in run.history) + bool(run.history)
-        ref = f"refs/autoresearch-measure/{run.tag}/{count}"
+        ref = f"refs/autoresearch-measure/{run.tag}/"
+        known = git("for-each-ref", "--format=%(refname)", ref).split()
+        ref += str(1 + max((int(name.rpartition("/")[2]) for name in known), default=-1))
     moves = [(ref, commit, None)]
-    if source is not None and done.status == "keep":
+    if source is not None and done.status == "keep" and not shown_in(run):
         moves.append((run.branch(), commit, parent))
     patiently(sync_git)  # what is named must be there
     try:
@@ -332,18 +340,19 @@ def run_best(run: Run, task: Task) -> None:
         say("the best is slower than it was, again and again; going on with what there is")
     elif done.status == "crash":
         say(f"the best ({done.number}) now fails; does the baseline? {done.reason}")
-        check_machine(run, task.slot)
+        check_machine(run, task)
         done.status = "measure"
 
 
-def check_machine(run: Run, slot: Slot) -> None:
-    """Raise SetupError if the baseline, which worked once, now fails too."""
-    first = run.history[0]
-    task = Task("baseline", Experiment(0, "baseline"), run.source_of(first), slot=slot)
-    count = 1 + sum(e.runs + e.disturbed for e in run.of(0))
+def check_machine(run: Run, failed: Task) -> None:
+    """Raise SetupError if the baseline, which worked once, now fails as the best did."""
+    number, last = failed.done.number, runs_of(run, failed.done.number, failed.done)
+    task = Task("baseline", Experiment(0, "baseline"), run.source_of(run.history[0]))
+    task.slot, count = failed.slot, 1 + (runs_of(run, 0) if number else last)
     result = train_once(run, task, count, "the baseline, to see if it is the machine")
-    (run.folder(0) / f"result{f'-{count}' if count > 1 else ''}.json").unlink()
+    result_path(run, 0, count).unlink(missing_ok=True)
     if result["status"] == "crash":
+        result_path(run, number, last).unlink(missing_ok=True)  # or it would be found again
         said = f"the baseline now fails: it is the machine, not the ideas: {result['reason']}"
         raise SetupError(one_line(said, 500), "dmesg | tail")
 
@@ -352,11 +361,11 @@ def run_commit(run: Run, task: Task) -> None:
     """Measure what a person has committed on the branch: it is the best, whatever it scores."""
     done = task.done
     fair = train_fairly(run, task, f"adopted: {done.description}")
-    if not fair or done.status == "crash":
-        (run.folder(done.number) / "proposal.json").unlink()  # or the failure would be found again
-        said = f"your commit on autoresearch/{run.tag} fails: {done.reason}"
+    if not fair or done.status == "crash":  # which would be found again
+        (run.folder(done.number) / "proposal.json").unlink(missing_ok=True)
+        said = f"your commit on autoresearch/{run.tag} {'fails' if fair else 'has no score'}"
         hint = f"git branch -f autoresearch/{run.tag} {task.base.commit[:7]}"
-        raise SetupError(said, hint)
+        raise SetupError(f"{said}: {done.reason}", hint if fair else "nvidia-smi")
     done.reason = ADOPTED
 
 
@@ -382,6 +391,10 @@ def check_checkout() -> None:
     if path.read_text(encoding="utf-8", errors="replace").splitlines() != head.splitlines():
         hint = "git add train.py && git commit -m start"
         raise SetupError("train.py is not committed as it stands", hint)
+    try:
+        fingerprint(head)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise SetupError(f"train.py cannot be read: {error}", "python -m ast train.py") from error
     read_results()
     for path in (ROOT, RESULTS):
         if path.exists() and not os.access(path, os.W_OK):
@@ -447,17 +460,23 @@ def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
     return run
 
 
+def shown_in(run: Run) -> str:
+    """The working tree that has the run's branch checked out, if any: it is not moved then."""
+    return git("for-each-ref", "--format=%(worktreepath)", run.branch()).strip()
+
+
 def commit_on_branch(run: Run) -> str | None:
     """What a person has committed on the branch; the branch is brought up to the journal else."""
     tip, best = resolve(run.branch()), run.best().commit
     if tip == best:
         return None
     if tip in (None, run.start, *(e.commit for e in run.history if e.status == "keep")):
-        patiently(move_refs, (run.branch(), best, tip))  # the program may have died in between
+        if not shown_in(run):  # the program may have died in between
+            patiently(move_refs, (run.branch(), best, tip))
         return None
-    if git("merge-base", "--all", tip, best).strip() != best:
+    if git("rev-list", "--max-count=1", best, "--not", tip):
         said = f"autoresearch/{run.tag} has commits that are not of this run"
-        raise SetupError(said, f"git branch -f autoresearch/{run.tag} {best[:7]}")
+        raise SetupError(said, f"git rebase {best[:7]} autoresearch/{run.tag}")
     return tip
 
 
@@ -501,11 +520,11 @@ class Night:
             self.refresh(last=True)
             STOP.set()
             wait([*self.tasks, *([self.thinking] if self.thinking else [])], 30)
-            if self.thinking and self.thinking.done() and not self.thinking.exception():
-                self.take_proposal()  # it is paid for
             for slot in self.args.slots:
                 if slot.warm:
                     slot.warm.stop()
+            if self.thinking and self.thinking.done() and not self.thinking.exception():
+                self.take_proposal()  # it is paid for
         if isinstance(self.end, SetupError):
             raise self.end
         commit_on_branch(self.run)
@@ -607,7 +626,7 @@ class Night:
         done = Experiment(proposal.number, **{name: getattr(proposal, name) for name in shared})
         done.base = run.best().number
         try:
-            complete(proposal, run)
+            patiently(complete, proposal, run)
         except Rejected as rejection:
             run.running.remove(proposal)
             if list(run.folder(proposal.number).glob("result*.json")):  # has won once
@@ -623,7 +642,7 @@ class Night:
 
     def adopt(self, tip: str) -> Task:
         """A person's commit on the branch, under the number that it had when it was found."""
-        run, subject = self.run, one_line(git("log", "-1", "--format=%s", tip))
+        run, subject = self.run, one_line(git("log", "-1", "--format=%s", tip)) or "no subject"
         say(f"autoresearch/{run.tag} has a commit of yours, the new best: {subject}")
         paths = run.folder(0).parent.glob("[1-9]*/proposal.json")
         numbers = [int(p.parent.name) for p in paths if read_json(p).get("adopted") == tip]
@@ -641,6 +660,8 @@ class Night:
         done = task.done
         if task.kind == "baseline":
             self.settle_baseline(task)
+        elif task.kind == "commit" and commit_on_branch(run) != task.commit:
+            say(f"your commit {task.commit[:7]} is not the branch's last any more: not adopted")
         elif task.kind != "idea":
             record(run, done, None, task.commit)
         else:
@@ -719,10 +740,6 @@ def night(args: argparse.Namespace) -> None:
     lock(git_folder() / "autoresearch.lock", "this repository")
     if args.budget is not None:
         os.environ["AUTORESEARCH_BUDGET"] = args.budget
-    head = git("rev-parse", "--symbolic-full-name", "HEAD").strip()
-    own = re.fullmatch("refs/heads/autoresearch/(.+)", head)
-    if own and args.tag in (None, own[1]):
-        raise SetupError(f"HEAD is on the run's own branch autoresearch/{own[1]}", "git switch -")
     scale_named(os.environ.get("AUTORESEARCH_SCALE") or "cpu")
     if args.tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", args.tag, re.A):
         said = f"--tag {args.tag}: it must do as a branch name, of letters, digits, dots and dashes"

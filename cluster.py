@@ -205,8 +205,10 @@ class Cluster:
             return one_line(str(error)[-400:], 400)
         finally:
             cancel(promise)  # which does nothing to what is over
+        folder = run.folder(task.done.number)
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared runs/
         for name, data in sorted(files.items(), reverse=True):  # the result last: it ends the run
-            patiently(write_atomic, run.folder(task.done.number) / name, [data])
+            patiently(write_atomic, folder / name, [data])
         return said
 
 

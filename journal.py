@@ -232,12 +232,17 @@ def await_disk() -> None:
         say(f"paused: {free / 2**30:.1f} GB of disk are free, {DISK_FLOOR / 2**30:.0f} are needed; "
             "goes on when there is space")
         while shutil.disk_usage(ROOT).free < DISK_FLOOR:
-            time.sleep(DISK_POLL_SECONDS)
+            pause()
 
 
 def pause_for_disk() -> None:
     say("paused: the disk is full; goes on when there is space")
-    time.sleep(DISK_POLL_SECONDS)
+    pause()
+
+
+def pause() -> None:
+    if STOP.wait(DISK_POLL_SECONDS):
+        raise KeyboardInterrupt
 
 
 def patiently(write: Callable[..., Any], *arguments: Any) -> Any:
@@ -327,12 +332,18 @@ def read_results() -> str:
     return text
 
 
+def identity(line: str) -> tuple[str, ...]:
+    """Of a row, whose words a person may have changed: commit, score, status, run, experiment."""
+    cells = line.rstrip("\r\n").split("\t")
+    return (*cells[:2], *cells[3:4], *cells[5:7])
+
+
 def append_rows(rows: list[str]) -> None:
     """Append those rows that results.tsv does not have, and make them durable."""
     text = read_results()
-    had = set(text.splitlines())
-    missing = [line for line in rows if line.rstrip("\n") not in had]
-    torn = text.rpartition("\n")[2]  # of a row, by a power cut; or a whole one, by an editor
+    whole, _, torn = text.rpartition("\n")  # by a power cut; or a whole row, by an editor
+    had = {identity(line) for line in whole.splitlines()}
+    missing = [line for line in rows if identity(line) not in had]
     if not text.strip():
         missing.insert(0, "\t".join(HEADER) + "\n")
     elif len(torn) >= TORN and missing and missing[0].startswith(torn):
@@ -457,11 +468,9 @@ class Run:
             by_number.setdefault(e.number, []).append(e)
         most = math.inf
         for values in map(undisturbed, by_number.values()):
-            if len(values) < 2:
-                continue
-            mean = statistics.fmean(values)
+            mean = statistics.fmean(values) if values else math.nan
             squares += sum(min(most, (value - mean) ** 2) for value in values)
-            freedom += len(values) - 1
+            freedom += max(0, len(values) - 1)
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
         return math.sqrt(squares / freedom)
 
@@ -627,6 +636,12 @@ def show_start(run: Run) -> None:
     say(f"keeps go to the branch autoresearch/{run.tag}; Ctrl-C stops, the same command goes on")
 
 
+def kept_range(run: Run) -> str:
+    """What was kept, as git takes it; the branch lags while somebody has it checked out."""
+    best, name = run.best().commit, f"autoresearch/{run.tag}"
+    return f"{run.start[:7]}..{name if resolve(run.branch()) == best else best[:7]}"
+
+
 def show_end(run: Run, reason: str) -> None:
     kept = sum(e.status == "keep" for e in run.experiments())
     spent, tokens = run.spent["cost_usd"], run.spent["tokens_in"] + run.spent["tokens_out"]
@@ -637,4 +652,4 @@ def show_end(run: Run, reason: str) -> None:
         each = f"${spent / max(1, len(run.experiments())):.3f} an experiment"
         say(each + (f", ${spent / kept:.2f} a kept commit" if kept else ", no commit kept"))
     if kept:
-        say(f"take what was kept: git cherry-pick {run.start[:7]}..autoresearch/{run.tag}")
+        say(f"take what was kept: git cherry-pick {kept_range(run)}")

@@ -26,7 +26,7 @@ from string import Template
 from typing import Any
 
 from digest import causes, near_misses, open_ideas, signed, tokens_gain
-from journal import PRIOR_RUNS, ROOT, Experiment, Run, git, one_line, read_journal
+from journal import PRIOR_RUNS, ROOT, Experiment, Run, git, kept_range, one_line, read_journal
 from prepare import SetupError, scale_named, write_atomic
 
 CONFIDENCE = 0.95
@@ -203,7 +203,7 @@ def report_run(run: Run) -> Report:
                     ("What became of ideas.md", open_ideas(text, tried))]  # fmt: skip
     if any(e.status == "keep" for e in tried):
         report.type_this.append(("take what was kept",
-                                 f"git cherry-pick {run.start[:7]}..autoresearch/{run.tag}"))
+                                 f"git cherry-pick {kept_range(run)}"))
     again = f"git show {best.commit[:7]}:train.py > train.py && python train.py"
     report.type_this.append(("run the best again, by hand", again))
     tell_time(run, report)

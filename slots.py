@@ -165,6 +165,10 @@ def train_once(
     return result | read_log(folder / f"run{suffix}.log")
 
 
+def result_path(run: Run, number: int, count: int) -> Path:
+    return run.folder(number) / f"result{f'-{count}' if count > 1 else ''}.json"
+
+
 def read_log(log: Path) -> dict[str, Any]:
     """What a train.py has printed, as far as it says so: of itself first, and losses on its way.
 
@@ -445,8 +449,10 @@ def end_leftover(run: Run) -> None:
 
 
 def lives_in(link: Path, folder: Path) -> bool:
+    """Whether a process has its home in a cage of the run; a person's shell may be beside it."""
     try:
-        return folder in link.readlink().parents
+        above = [link.readlink(), *link.readlink().parents]
+        return folder in above and any(path.name.startswith("work-") for path in above)
     except OSError:
         return False
 

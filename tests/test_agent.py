@@ -521,11 +521,21 @@ def test_refused_key_and_unknown_model_end_before_the_baseline(checkout, api):
 
 
 @pytest.mark.slow
-def test_head_on_the_runs_own_branch_is_refused(checkout):
-    patch = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
-    assert checkout.agent("--patches", patch, "--tag", "t").returncode == 0
-    checkout.git("switch", "-q", "autoresearch/t")
-    assert "own branch" in refused(checkout, "--tag", "t")
+def test_a_branch_that_somebody_looks_at_is_not_moved_under_them(checkout):
+    first, second = (checkout.patch(f"{v}.py", "SHARPNESS = 0.5", f"SHARPNESS = {v}")
+                     for v in (0.6, 0.8))
+    assert checkout.agent("--patches", first, "--tag", "t").returncode == 0
+    beside = checkout.folder.parent / "beside"
+    checkout.git("worktree", "add", "-q", str(beside), "autoresearch/t")
+    done = checkout.agent("--patches", second, "--tag", "t")
+    assert [row["status"] for row in checkout.rows()] == ["keep"] * 3, done.stderr
+    assert checkout.git("-C", str(beside), "status", "--porcelain") == ""
+    best = checkout.git("rev-parse", "refs/autoresearch/t/2")
+    assert done.stderr.splitlines()[-1].endswith(f"..{best[:7]}")
+    checkout.git("worktree", "remove", str(beside))
+    done = checkout.agent("--patches", second, "--tag", "t")
+    assert checkout.git("rev-parse", "autoresearch/t") == best
+    assert done.stderr.splitlines()[-1].endswith("..autoresearch/t")
 
 
 def test_failing_baseline_stops_before_any_paid_call(checkout, api):

@@ -228,6 +228,41 @@ def test_a_persons_commit_on_the_branch_is_adopted_even_if_it_is_worse(quick):
     assert quick.git("show", "autoresearch/t:notes.txt") == "mine"
     assert quick.agent("--tag", "t", "--patches", *patches).returncode == 0
     assert quick.rows() == rows  # read back from git, it is the same
+    table = quick.folder / "results.tsv"
+    table.write_text(table.read_text().replace("\tbaseline\t", "\tbaseline, on a busy machine\t"))
+    assert quick.agent("--tag", "t", "--patches", *patches).returncode == 0
+    assert len(quick.rows()) == len(rows) and "busy" in table.read_text()  # nor is it doubled
+
+
+@pytest.mark.slow
+def test_a_commit_that_is_withdrawn_while_it_is_measured_is_not_adopted(quick):
+    assert quick.agent("--tag", "t", "--experiments", "0").returncode == 0
+    before = quick.git("rev-parse", "autoresearch/t")
+    stand_in(quick, 3.0)
+    commit_on_branch(quick, SHARPNESS=0.52)
+    started = while_training(quick, 1, "--patches", *sharpness(quick, 0.6))
+    quick.git("branch", "-f", "autoresearch/t", before)
+    said = started.communicate()[1]
+    assert started.returncode == 0 and "not adopted" in said, said
+    assert [row["description"] for row in quick.rows()] == ["baseline", "0.6.py"]
+
+
+CRASH_ONCE = """
+mark = os.path.dirname(__file__) + "/crashed"
+if args.run == "4" and not os.path.exists(mark):
+    open(mark, "w").close()
+    json.dump({"status": "crash", "reason": "CUDA error", "total_seconds": 1.0}, open(path, "w"))
+"""
+
+
+@pytest.mark.slow
+def test_a_measurement_of_the_baseline_that_fails_once_ends_no_night(quick):
+    stand_in(quick, 0.0, CRASH_ONCE)
+    quick.exchange("agent.py", "\nMEASURE_AFTER = 10", "\nMEASURE_AFTER = 1")
+    quick.commit_all()
+    done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.4, 0.6))
+    assert done.returncode == 0 and "does the baseline? CUDA error" in done.stderr, done.stderr
+    assert [row["status"] for row in quick.rows()] == ["keep", "discard", "measure", "keep"]
 
 
 @pytest.mark.slow
