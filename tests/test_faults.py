@@ -236,9 +236,9 @@ def test_a_persons_commit_on_the_branch_is_adopted_even_if_it_is_worse(quick):
 
 @pytest.mark.slow
 def test_a_commit_that_is_withdrawn_while_it_is_measured_is_not_adopted(quick):
+    stand_in(quick, 2.0)
     assert quick.agent("--tag", "t", "--experiments", "0").returncode == 0
     before = quick.git("rev-parse", "autoresearch/t")
-    stand_in(quick, 3.0)
     commit_on_branch(quick, SHARPNESS=0.52)
     started = while_training(quick, 1, "--patches", *sharpness(quick, 0.6))
     quick.git("branch", "-f", "autoresearch/t", before)
