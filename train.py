@@ -48,8 +48,7 @@ INIT_SCALE = 0.68  # on the standard deviation 1 / sqrt(width) of uniform matric
 X0_LAMBDA_INIT = 0.05  # share of the embedding that is added back before each layer
 LOSS_CHUNK = {"cpu": 128, "gpu": 8192, "d12": 4096, "gpt2": 4096}[SCALE.name]  # tokens, by memory
 
-# Batch
-# Tokens a step, rows a forward pass.
+# Batch: tokens a step, rows a forward pass
 TOTAL_BATCH_SIZE = {"cpu": 4096, "gpu": 262144, "d12": 524288, "gpt2": 1048576}[SCALE.name]
 DEVICE_BATCH_SIZE = {"cpu": 32, "gpu": 32, "d12": 16, "gpt2": 8}[SCALE.name]
 
@@ -87,6 +86,7 @@ DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = (
     max(1, round(size * share))
     for size, share in zip((DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE), card()[1], strict=True)
 )
+DEVICE_BATCH_SIZE = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // SCALE.sequence_len))
 assert TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * SCALE.sequence_len) == 0, (
     f"a step of {TOTAL_BATCH_SIZE} tokens is not whole passes of {DEVICE_BATCH_SIZE} rows"
 )
