@@ -86,7 +86,8 @@ DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = (
     max(1, round(size * share))
     for size, share in zip((DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE), card()[1], strict=True)
 )
-DEVICE_BATCH_SIZE = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // SCALE.sequence_len))
+if card()[1][1] < 1:  # of tokens a step: they may be fewer than a pass would have
+    DEVICE_BATCH_SIZE = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // SCALE.sequence_len))
 assert TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * SCALE.sequence_len) == 0, (
     f"a step of {TOTAL_BATCH_SIZE} tokens is not whole passes of {DEVICE_BATCH_SIZE} rows"
 )
@@ -601,8 +602,7 @@ def main():
           f"batch {TOTAL_BATCH_SIZE} tokens in {TOTAL_BATCH_SIZE // at_once} passes, {device}")
     gb, shares = card()
     if gb < math.inf:
-        print("card of {:.0f} GB: {:.3g} of depth, {:.3g} of batch, {:.3g} of rows a pass".format(
-            gb, *shares))
+        print(f"card of {gb:.0f} GB: {shares} of depth, tokens a step and rows a pass")
     if SCALE.clock == "tokens":
         ratio = SCALE.budget / model.matrix_parameters()
         print(f"{SCALE.budget / 1e6:,.1f} M tokens, {ratio:.2f} for each parameter of a matrix")
