@@ -190,6 +190,9 @@ class Git:
                 return ""
             case ("rev-parse", name):
                 return self.trees[name.removesuffix("^{tree}")]
+            case ("for-each-ref", form, prefix):  # nobody has the branch checked out
+                return "" if "worktree" in form else "\n".join(
+                    ref for ref in self.refs if ref.startswith(prefix))
             case ("hash-object", *_):
                 return self.write(data)
             case ("ls-tree", *_):
