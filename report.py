@@ -439,10 +439,10 @@ def show_keep(facts: dict[str, Any]) -> str:
     for line in facts["diff"]:
         kind = {"+": "add", "-": "cut"}.get(line[:1], "")
         rows.append(f'<span class="{kind}">{quote(line)}</span>' if kind else quote(line))
-    more = [facts[name] for name in ("speed", "hidden") if name in facts]
-    about = ", ".join([f"gain {facts['gain']}", f"{facts['runs']} runs", facts["lines"], *more])
-    body = "\n".join(rows)
-    return (f"<details><summary><b>{facts['number']}</b> {quote(facts['description'])}</summary>"
+    known = [facts[name] for name in ("lines", "speed", "hidden") if name in facts]
+    about, body = ", ".join([f"{facts['runs']} runs", *known]), "\n".join(rows)
+    return (f"<details><summary><b>{facts['number']}</b> {quote(facts['description'])}"
+            f" <small>gain {facts['gain']}</small></summary>"
             f"<p>{quote(about)}<br>{quote(facts['hypothesis'])}</p>"
             f"<pre>git show {facts['commit']}</pre><pre class=\"diff\">{body}</pre></details>")
 
