@@ -304,9 +304,9 @@ def record(run: Run, done: Experiment, source: str | None, parent: str = "") -> 
     commit = patiently(write_commit, source, parent, commit_message(done, run.settings()))
     ref = f"refs/autoresearch/{run.tag}/{done.number}"
     if done.number == 0 or done.status == "measure":
-        ref = f"refs/autoresearch-measure/{run.tag}/"
-        known = git("for-each-ref", "--format=%(refname)", ref).split()
-        ref += str(1 + max((int(name.rpartition("/")[2]) for name in known), default=-1))
+        refs = ("--format=%(refname:lstrip=3)", f"refs/autoresearch-measure/{run.tag}/")
+        number = 1 + max(map(int, git("for-each-ref", *refs).split()), default=-1)
+        ref = f"refs/autoresearch-measure/{run.tag}/{number}"
     moves = [(ref, commit, None)]
     if source is not None and done.status == "keep" and not shown_in(run):
         moves.append((run.branch(), commit, parent))
@@ -347,8 +347,8 @@ def run_best(run: Run, task: Task) -> None:
 def check_machine(run: Run, failed: Task) -> None:
     """Raise SetupError if the baseline, which worked once, now fails as the best did."""
     number, last = failed.done.number, runs_of(run, failed.done.number, failed.done)
-    task = Task("baseline", Experiment(0, "baseline"), run.source_of(run.history[0]))
-    task.slot, count = failed.slot, 1 + (runs_of(run, 0) if number else last)
+    source, count = run.source_of(run.history[0]), 1 + (runs_of(run, 0) if number else last)
+    task = Task("baseline", Experiment(0, "baseline"), source, slot=failed.slot)
     result = train_once(run, task, count, "the baseline, to see if it is the machine")
     result_path(run, 0, count).unlink(missing_ok=True)
     if result["status"] == "crash":
@@ -573,7 +573,8 @@ class Night:
             return self.adopt(tip)
         plateau = run.since_keep() >= MEASURE_AFTER
         plateau = plateau and len(run.values_of(run.best().number)) < BEST_RUNS
-        if "best" not in under_way and (plateau or crashes_in_a_row(run)):
+        crashes = [e.status for e in run.history[-CRASHES:]] == ["crash"] * CRASHES
+        if "best" not in under_way and (plateau or crashes):
             best, after = run.best(), max(e.number for e in run.history)
             done = Experiment(best.number, best.description, status="measure", after=after)
             return Task("best", done, run.source_of(best), commit=best.commit)
@@ -740,6 +741,10 @@ def night(args: argparse.Namespace) -> None:
     lock(git_folder() / "autoresearch.lock", "this repository")
     if args.budget is not None:
         os.environ["AUTORESEARCH_BUDGET"] = args.budget
+    head = git("rev-parse", "--symbolic-full-name", "HEAD").strip()
+    own = re.fullmatch("refs/heads/autoresearch/(.+)", head)
+    if own and args.tag in (None, own[1]):
+        raise SetupError(f"HEAD is on the run's own branch autoresearch/{own[1]}", "git switch -")
     scale_named(os.environ.get("AUTORESEARCH_SCALE") or "cpu")
     if args.tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", args.tag, re.A):
         said = f"--tag {args.tag}: it must do as a branch name, of letters, digits, dots and dashes"
@@ -769,10 +774,6 @@ def night(args: argparse.Namespace) -> None:
         say(f"going on after experiment {len(run.experiments())}")
         patiently(append_rows, [row(done, run.tag) for done in run.history])
     Night(run, propose, args).work()
-
-
-def crashes_in_a_row(run: Run) -> bool:
-    return [e.status for e in run.history[-CRASHES:]] == ["crash"] * CRASHES
 
 
 def interrupt(number: int, frame: Any) -> None:

@@ -191,8 +191,8 @@ class Git:
             case ("rev-parse", name):
                 return self.trees[name.removesuffix("^{tree}")]
             case ("for-each-ref", form, prefix):  # nobody has the branch checked out
-                return "" if "worktree" in form else "\n".join(
-                    ref for ref in self.refs if ref.startswith(prefix))
+                refs = [ref.rpartition("/")[2] for ref in self.refs if ref.startswith(prefix)]
+                return "" if "worktree" in form else "\n".join(refs)
             case ("hash-object", *_):
                 return self.write(data)
             case ("ls-tree", *_):

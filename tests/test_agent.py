@@ -536,6 +536,8 @@ def test_a_branch_that_somebody_looks_at_is_not_moved_under_them(checkout):
     done = checkout.agent("--patches", second, "--tag", "t")
     assert checkout.git("rev-parse", "autoresearch/t") == best
     assert done.stderr.splitlines()[-1].endswith("..autoresearch/t")
+    checkout.git("switch", "-q", "autoresearch/t")
+    assert "own branch" in refused(checkout, "--tag", "t")
 
 
 def test_failing_baseline_stops_before_any_paid_call(checkout, api):
