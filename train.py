@@ -209,13 +209,16 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-def chunk_loss(h, w, y):
+def chunk_loss(h, w, y, fused):
     """(summed loss, gradients by h and by w) of a chunk: h (n, width), w (V, width), y (n, 1)."""
     bounded = torch.tanh((h @ w.T).float() / SOFTCAP)
     log_probs = F.log_softmax(SOFTCAP * bounded, dim=-1)
     loss = log_probs.gather(1, y).sum().neg()
-    d_logits = log_probs.exp_()  # the softmax, less 1 at the target
-    d_logits.scatter_add_(1, y, d_logits.new_full(y.shape, -1.0))
+    if fused:  # the softmax, less 1 at the target, in one pass when compiled
+        d_logits = log_probs.exp() - (torch.arange(len(w), device=y.device) == y).float()
+    else:
+        d_logits = log_probs.exp_()
+        d_logits.scatter_add_(1, y, d_logits.new_full(y.shape, -1.0))
     d_logits = (d_logits * (1 - bounded.square_())).to(w.dtype)  # through the tanh
     return loss, d_logits @ w, d_logits.T @ h
 
@@ -234,7 +237,8 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(targets), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             step = fast(chunk_loss, hidden.is_cuda)
-            loss, d_hidden[chunk], d_w = step(hidden[chunk], w, targets[chunk, None])
+            loss, d_hidden[chunk], d_w = step(
+                hidden[chunk], w, targets[chunk, None], hidden.is_cuda)
             total, d_weight = total + loss, d_weight.add_(d_w)
         ctx.save_for_backward(d_hidden, d_weight)  # not yet divided, which float16 would not hold
         return total / len(targets)

@@ -42,6 +42,15 @@ def test_chunked_loss_and_its_gradients_agree_with_cross_entropy(train, model):
         assert torch.allclose(got[name], parameter.grad.to_dense(), atol=1e-6, rtol=1e-3), name
 
 
+def test_fused_loss_of_a_gpu_is_the_one_of_a_cpu(train):
+    draw = torch.Generator().manual_seed(0)
+    h, w = torch.randn(50, 64, generator=draw), torch.randn(1024, 64, generator=draw)
+    y = tokens(50, 1)
+    both = [train.chunk_loss(h, w, y, fused) for fused in (False, True)]
+    for plain, fused in zip(*both, strict=True):
+        assert torch.allclose(plain, fused, rtol=1e-5, atol=1e-5)
+
+
 def test_no_position_sees_a_later_token_or_another_row(model):
     model.eval()
     x = tokens(3, 128)
