@@ -468,9 +468,10 @@ class Run:
             by_number.setdefault(e.number, []).append(e)
         most = math.inf
         for values in map(undisturbed, by_number.values()):
-            mean = statistics.fmean(values) if values else math.nan
-            squares += sum(min(most, (value - mean) ** 2) for value in values)
-            freedom += max(0, len(values) - 1)
+            if len(values) > 1:
+                mean = statistics.fmean(values)
+                squares += sum(min(most, (value - mean) ** 2) for value in values)
+                freedom += len(values) - 1
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
         return math.sqrt(squares / freedom)
 
