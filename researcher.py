@@ -334,7 +334,7 @@ def words(error: Any) -> str:
 def usage_of(reply: Any) -> Any:
     """What a reply has used; one that broke off has counted its output at the start only."""
     if reply.stop_reason is None and reply.usage:
-        said = sum(len(str(getattr(block, name, None) or "")) for block in reply.content
+        said = sum(len(str(getattr(block, name, None) or "")) for block in reply.content or ()
                    for name in ("text", "thinking", "input"))
         reply.usage.output_tokens = max(reply.usage.output_tokens or 0, said // 3)
     return reply.usage

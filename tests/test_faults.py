@@ -693,7 +693,8 @@ TRANSIENT = {
     "nothing but pings": [Fault(pings=40)],
     "an odd shape": [Fault(body=f"event: message_start\ndata: {data}\n\n") for data in (
         '"a text"', "[]", "null", '{"type": "message_start"}',
-        '{"type": "message_start", "message": {"content": null, "usage": null}}')],
+        '{"type": "message_start", "message": {"content": null, "usage": null}}',
+        '{"type": "message_start", "message": {"content": null, "usage": {"input_tokens": 1}}}')],
     "no block to add to": [Fault(body=START + "event: content_block_delta\ndata: " + json.dumps(
         {"type": "content_block_delta", "index": 7,
          "delta": {"type": "text_delta", "text": "x"}}) + "\n\n")],
@@ -715,8 +716,8 @@ def test_what_passes_is_waited_for(quick, api):
     done = quick.agent("--experiments", "1", "--tag", "t", env=server.env)
     assert done.returncode == 0, done.stderr
     assert [row["description"] for row in quick.rows()] == ["baseline", "to 0.6"]
-    assert done.stderr.count("no answer from the API") == len(faults) - 1
-    assert done.stderr.count("rejected: ") == 1  # one of the odd shapes, which is a whole reply
+    assert done.stderr.count("no answer from the API") == len(faults)
+    assert "rejected: " not in done.stderr  # the model is not blamed for what broke off
     assert "the reply does not end" in done.stderr and "no whole reply from the API" in done.stderr
     spent = json.loads((quick.folder / "runs/t/spent.json").read_text())
     broken = sum(START in fault.body for fault in faults)  # a reply that breaks off is paid for too
