@@ -46,24 +46,32 @@ class Night:
 
     def __init__(self, rule, sigma: float, seed: int, effects=effect, runs=RUNS, ideas=math.inf):
         self.choose, self.noise, self.left = random.Random(seed), sigma, runs
+        self.ratio, self.shared = getattr(rule, "ratio", 1), []
         self.run = Run("t", {"sigma": PRIOR}, "")
         self.truth, self.keeps, self.false, self.tried = START, 0, 0, 0
         self.note(Experiment(0, "", status="keep", values=self.measure(START, rule.baseline)))
         while self.left > 0 and self.tried < ideas:
             if rule.measures_best and self.run.since_keep() >= agent.MEASURE_AFTER:
                 if len(self.best()) < agent.BEST_RUNS:
-                    again = self.measure(self.truth, 1)
-                    self.note(Experiment(self.run.best().number, "", status="measure",
-                                         values=again))  # fmt: skip
+                    self.measure_best()
                     continue
             self.tried += 1
             self.try_out(rule, effects(self.choose, self.tried))
         self.gain = START - self.truth
-        self.claimed = self.run.mean_of(0) - statistics.fmean(self.best())
+        base, best = self.run.values_of(0), self.best()
+        common = min(len(base), len(best)) if self.ratio < 1 else None
+        self.claimed = statistics.fmean(base[:common]) - statistics.fmean(best[:common])
 
-    def measure(self, truth: float, count: int) -> list[float]:
+    def measure(self, truth: float, count: int, first: int = 0) -> list[float]:
+        """So many runs, from that number on; those of one number share noise on equal seeds."""
         self.left -= count
-        return [truth + self.choose.gauss(0, self.noise) for _ in range(count)]
+        if self.ratio == 1:
+            return [truth + self.choose.gauss(0, self.noise) for _ in range(count)]
+        while len(self.shared) < first + count:
+            self.shared.append(self.choose.gauss(0, self.noise * (1 - self.ratio**2) ** 0.5))
+        own = self.noise * self.ratio
+        return [truth + self.shared[n] + self.choose.gauss(0, own)
+                for n in range(first, first + count)]  # fmt: skip
 
     def best(self) -> list[float]:
         return self.run.values_of(self.run.best().number)
@@ -74,11 +82,18 @@ class Night:
         if done.number == 0 or len(done.values) > 1 or done.status == "measure":
             self.sigma = self.run.sigma()
 
+    def measure_best(self) -> None:
+        again = self.measure(self.truth, 1, len(self.best()))
+        self.note(Experiment(self.run.best().number, "", status="measure", values=again))
+
     def try_out(self, rule, gain: float) -> None:
         done = Experiment(self.tried, "", status="again", base=self.run.best().number)
         best, risk = self.best(), agent.level(self.run.history)
         while done.status == "again" and self.left > 0:
-            done.values += self.measure(self.truth - gain, 1)
+            done.values += self.measure(self.truth - gain, 1, len(done.values))
+            if self.ratio < 1 and len(best) < len(done.values):
+                self.measure_best()
+                best = self.best()
             done.status, done.reason = rule.judge(done.values, best, self.sigma, risk)
         if done.status == "keep":
             self.keeps, self.false = self.keeps + 1, self.false + (gain <= 0)
@@ -102,6 +117,19 @@ class Ours:
     @staticmethod
     def judge(values, best, sigma, risk):
         return agent.judge(values, best, sigma, risk, 0.0, False)
+
+
+class EqualSeeds:
+    """This rule, if runs of one number had one seed in all experiments, and were compared in pairs.
+
+    The spread of a difference is `ratio` of that on different seeds, as tests/bench_seeds.py says.
+    """
+
+    baseline, measures_best, ratio = agent.BASELINE_RUNS, True, 0.6
+
+    @classmethod
+    def judge(cls, values, best, sigma, risk):
+        return agent.judge(values, best[: len(values)], cls.ratio * sigma, risk, 0.0, False)
 
 
 class Before:
@@ -170,7 +198,8 @@ class Greedy:
 
 
 RULES = {"greedy: keep any drop": Greedy, "4 sigma, or two runs": Before,
-         "repeats by expected value": ByValue(), "this rule": Ours}  # fmt: skip
+         "repeats by expected value": ByValue(), "this rule": Ours,
+         "this rule on equal seeds": EqualSeeds}  # fmt: skip
 
 
 def row(rule, sigma: float, nights: int) -> dict[str, float]:

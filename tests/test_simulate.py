@@ -15,6 +15,13 @@ def test_the_rule_finds_the_gains_and_keeps_little_else(sigma):
     assert 0.93 <= ours["covered"] <= 0.97
 
 
+def test_equal_seeds_are_worth_nothing_where_they_take_no_spread_away(monkeypatch):
+    paired = simulate.row(simulate.EqualSeeds, 0.33, 150)
+    monkeypatch.setattr(simulate.EqualSeeds, "ratio", 1 - 1e-9)
+    apart = simulate.row(simulate.EqualSeeds, 0.33, 150)
+    assert paired["gain"] > apart["gain"] and paired["inflation"] < apart["inflation"]
+
+
 def test_a_night_where_nothing_can_be_found_keeps_nothing():
     assert simulate.nights_without_keep(simulate.Ours, 0.33, 100) > 0.8
     assert simulate.nights_without_keep(simulate.Greedy, 0.33, 100) < 0.3
