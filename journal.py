@@ -420,9 +420,12 @@ class Run:
     def folder(self, number: int) -> Path:
         return ROOT / "runs" / self.tag / str(number)
 
+    def tried(self) -> list[Experiment]:
+        """The baseline and all judged proposals: a train.py each, without measurements."""
+        return [e for e in self.history if e.status != "measure"]
+
     def experiments(self) -> list[Experiment]:
-        """All judged proposals, without baseline and measurements."""
-        return [e for e in self.history if e.number and e.status != "measure"]
+        return [e for e in self.tried() if e.number]
 
     def next_number(self) -> int:
         return 1 + max((e.number for e in [*self.history, *self.running]), default=0)

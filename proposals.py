@@ -136,7 +136,7 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
         raise Rejected(f"The edited train.py does not compile: {error}. Mend it.") from error
     if new == fingerprint(best):
         raise Rejected("The edits change nothing, or comments only. Change what the program does.")
-    for tried in (e for e in run.history if e.status != "measure"):
+    for tried in run.tried():
         if new == (tried.program or fingerprint(run.source_of(tried))):
             what = f"experiment {tried.number} again: {tried.description}, {tried.status}"
             raise Rejected(f"This is {what}, val_bpb {tried.val_bpb():.6f}. Try another idea.")
@@ -364,15 +364,14 @@ def near_copy(proposal: Proposal, run: Run) -> Experiment | None:
     def close(old: Experiment) -> bool:
         return all(abs(v - old.knobs[n]) <= SAME * abs(old.knobs[n]) for n, v in own.knobs.items())
 
-    tried = [e for e in run.history if e.status != "measure"]
-    same = [e for e in [*tried, *others] if e.skeleton == own.skeleton]
+    same = [e for e in [*run.tried(), *others] if e.skeleton == own.skeleton]
     return next((e for e in same if e.knobs.keys() == own.knobs.keys() and close(e)), None)
 
 
 def alike(run: Run) -> list[Experiment]:
     """All with a score and the structure of the best, that their knobs alone tell apart."""
-    best, scored = run.best(), [e for e in run.history if e.believed() and e.status != "measure"]
-    return [e for e in scored if e.skeleton == best.skeleton]
+    best = run.best()
+    return [e for e in run.tried() if e.believed() and e.skeleton == best.skeleton]
 
 
 def spread(values: list[float]) -> float:

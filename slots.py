@@ -136,7 +136,7 @@ def train_once(
 ) -> dict[str, Any]:
     """Run `count` of an experiment: its result.json by the referee, or as it was found finished."""
     folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
-    path, failures = folder / f"result{suffix}.json", 0
+    path, failures = result_path(run, task.done.number, count), 0
     while not (result := read_json(path)):
         await_disk()
         check_trusted(run)
@@ -187,7 +187,7 @@ def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -
     if task.slot.cluster:
         return task.slot.cluster.measure(run, task, count, label, hidden_below)
     folder, suffix = run.folder(task.done.number), f"-{count}" if count > 1 else ""
-    path, running = folder / f"result{suffix}.json", folder / f"running{suffix}.json"
+    path, running = result_path(run, task.done.number, count), folder / f"running{suffix}.json"
     slot, limit = task.slot, run_timeout(run)
     if not slot.warm or slot.warm.process.poll() is not None:
         patiently(make_ready, run, slot, folder / "train.py")
