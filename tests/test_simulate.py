@@ -15,7 +15,7 @@ def test_the_rule_finds_the_gains_and_keeps_little_else(sigma):
     assert 0.93 <= ours["covered"] <= 0.97
 
 
-def test_equal_seeds_are_worth_nothing_where_they_take_no_spread_away(monkeypatch):
+def test_equal_seeds_help_by_the_spread_that_they_take_away(monkeypatch):
     paired = simulate.row(simulate.EqualSeeds, 0.33, 150)
     monkeypatch.setattr(simulate.EqualSeeds, "ratio", 1 - 1e-9)
     apart = simulate.row(simulate.EqualSeeds, 0.33, 150)
