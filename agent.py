@@ -46,7 +46,9 @@ from journal import (
     SLOWER,
     STOP,
     Experiment,
+    Noise,
     Run,
+    Scores,
     append_rows,
     commit_message,
     fingerprint,
@@ -71,6 +73,7 @@ from journal import (
     show_start,
     status_line,
     sync_git,
+    undisturbed,
     write_commit,
 )
 from prepare import SetupError, corpus_files, hide_memory, scale_named, write_atomic
@@ -131,24 +134,24 @@ def level(history: list[Experiment]) -> float:
 
 
 def judge(
-    values: list[float], best: list[float], sigma: float, risk: float, lowest: float,
+    scores: Scores, best: Scores, noise: Noise, risk: float, lowest: float,
     simpler: bool, hidden_gain: float | None = None,
 ) -> tuple[str, str]:
     """The keep rule: (verdict, reason) for a candidate's val_bpb; "again" asks for one more run.
 
-    `best` are the best's own values, `risk` the level that the test is made at, `lowest` the lowest
+    `best` are the best's own scores, `risk` the level that the test is made at, `lowest` the lowest
     val_bpb that was believed so far; `simpler` says that the candidate has fewer syntax-tree nodes
     than the best; `hidden_gain` is what it gains on the hidden split, which nobody searches on.
     """
-    runs, gain = len(values), statistics.fmean(best) - statistics.fmean(values)
+    runs, sigma, (gain, error) = len(scores), noise.sigma, noise.compare(best, scores)
     if hidden_gain is not None and gain - hidden_gain > max(3 * sigma, gain / 2):
         return "discard", "suspicious: the hidden split does not show this gain"
-    beyond = lowest - statistics.fmean(values)
-    if beyond > SUSPICIOUS_SIGMAS * sigma and gain > SUSPICIOUS_SHARE * statistics.fmean(best):
+    beyond = lowest - statistics.fmean(scores.values())
+    much = SUSPICIOUS_SHARE * statistics.fmean(best.values())
+    if beyond > SUSPICIOUS_SIGMAS * sigma and gain > much:
         return "discard", "suspicious: too good to be true, look at it yourself"
-    errors = gain / (sigma * math.sqrt(1 / runs + 1 / len(best)))
     needed = statistics.NormalDist().inv_cdf(1 - risk)
-    if errors > (max(needed, AT_ONCE) if runs == 1 else needed):
+    if gain > error * (max(needed, AT_ONCE) if runs == 1 else needed):
         return "keep", ""
     if simpler and gain >= -0.5 * sigma:
         return ("again", "") if runs == 1 else ("keep", "simpler")
@@ -166,26 +169,25 @@ def carry_out(run: Run, task: Task) -> None:
     """All runs of a task, in a thread of its own: task.done is complete then."""
     kinds = {"baseline": run_baseline, "best": run_best, "commit": run_commit,
              "idea": run_and_judge}
-    task.done.began = time.time()
+    task.done.began = task.done.began or time.time()
     kinds[task.kind](run, task)
 
 
 def run_and_judge(run: Run, task: Task) -> None:
-    """As many runs as the keep rule asks for, and its verdict."""
-    done = task.done
-    done.status = "again"
+    """One run, and what the keep rule says of all there are."""
+    done, base = task.done, task.base.number
     simpler = node_count(task.source) < node_count(run.source_of(task.base))
-    while done.status == "again":
-        best, sigma = run.mean_of(task.base.number), run.sigma()
+    label = f"{done.number}: {done.description}" + (", on another seed" if done.runs else "")
+    best = run.scores_of(base)
+    usual = best.get(run.next_seed(done.seeds), statistics.fmean(best.values()))
+    if not train_fairly(run, task, label, usual + 0.5 * run.sigma()):
+        done.status = "discard"
+    elif done.status != "crash":
+        scores, best, noise = undisturbed([done]), run.scores_of(base), run.noise()
         lowest = min(e.val_bpb() for e in run.history if e.believed())
-        label = f"{done.number}: {done.description}" + (", on another seed" if done.runs else "")
-        if not train_fairly(run, task, label, best + 0.5 * sigma):
-            done.status = "discard"
-        elif done.status != "crash":
-            known, risk = run.values_of(task.base.number), level(run.history)
-            rule = (done.values, known, sigma, risk, lowest, simpler, hidden_gain(run, task))
-            done.gain = best - done.val_bpb()
-            done.status, done.reason = judge(*rule)
+        rule = (level(run.history), lowest, simpler, hidden_gain(run, task))
+        done.gain, _ = noise.compare(best, scores)
+        done.status, done.reason = judge(scores, best, noise, *rule)
 
 
 def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.inf) -> bool:
@@ -198,6 +200,7 @@ def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.in
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
         count = 1 + runs_of(run, done.number, done)
+        task.seed = run.next_seed({*run.scores_of(done.number), *done.seeds})
         add_result(run, done, train_once(run, task, count, label, hidden_below), label)
         if done.status == "crash":
             return True
@@ -228,15 +231,14 @@ def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -
         done.reason = f"{share:.0f} % fewer tokens/s than the same code had"
         say(f"disturbed: {done.reason}: {label}")
         done.runs, done.disturbed = done.runs - 1, done.disturbed + 1
-        for each in (done.values, done.speeds, done.hidden):
+        for each in (done.values, done.seeds, done.speeds, done.hidden):
             del each[n]
 
 
 def hidden_gain(run: Run, task: Task) -> float | None:
     """What a candidate gains on the hidden split over its base, if both were scored on it."""
-    best = run.hidden_of(task.base.number)
-    own = [value for value in task.done.hidden if value is not None]
-    return statistics.fmean(best) - statistics.fmean(own) if best and own else None
+    best, own = run.scores_of(task.base.number, "hidden"), undisturbed([task.done], "hidden")
+    return run.noise().compare(best, own)[0] if best and own else None
 
 
 def unfinished(run: Run) -> list[Proposal]:
@@ -277,6 +279,7 @@ def add_run(done: Experiment, result: dict[str, Any]) -> None:
     done.training_seconds += result["training_wall_seconds"]
     done.evaluation_seconds += result.get("evaluation_seconds", 0.0)
     done.values.append(result["val_bpb"])
+    done.seeds.append(result["seed"])
     done.speeds.append(result["total_tokens_M"] / max(result["training_seconds"], 1e-9))
     done.silence_seconds = max(done.silence_seconds, result.get("silence_seconds", 0.0))
     done.hidden.append(result.get("hidden_bpb"))
@@ -348,7 +351,7 @@ def check_machine(run: Run, failed: Task) -> None:
     """Raise SetupError if the baseline, which worked once, now fails as the best did."""
     number, last = failed.done.number, runs_of(run, failed.done.number, failed.done)
     source, count = run.source_of(run.history[0]), 1 + (runs_of(run, 0) if number else last)
-    task = Task("baseline", Experiment(0, "baseline"), source, slot=failed.slot)
+    task = Task("baseline", Experiment(0, "baseline"), source, slot=failed.slot, seed=run.seed(1))
     result = train_once(run, task, count, "the baseline, to see if it is the machine")
     result_path(run, 0, count).unlink(missing_ok=True)
     if result["status"] == "crash":
@@ -488,6 +491,7 @@ class Night:
         self.free = list(args.slots)
         self.tasks: dict[Future[None], Task] = {}
         self.waiting: list[Proposal] = []
+        self.again: list[Task] = []  # ideas that are to have another run
         self.thinking: Future[Proposal | None] | None = None
         self.end: SetupError | str = ""  # why there will be no more proposals
         self.baseline = Experiment(0, "baseline", status="keep")
@@ -541,7 +545,7 @@ class Night:
 
     def fill_slots(self) -> bool:
         """Give work to free slots and to the proposer; False when all is done."""
-        while self.free and not self.limit() and not isinstance(self.end, SetupError):
+        while self.free and not isinstance(self.end, SetupError):
             task = self.next_task()
             if task is None:
                 break
@@ -569,21 +573,41 @@ class Night:
         under_way = {task.kind for task in self.tasks.values()}
         if "commit" in under_way:  # it will be the best, whatever it scores
             return None
-        if tip := commit_on_branch(run):
+        over = self.limit()
+        if not over and (tip := commit_on_branch(run)):
             return self.adopt(tip)
+        if (task := self.next_again(under_way)) or over:
+            return task
         plateau = run.since_keep() >= MEASURE_AFTER
         plateau = plateau and len(run.values_of(run.best().number)) < BEST_RUNS
         crashes = [e.status for e in run.history[-CRASHES:]] == ["crash"] * CRASHES
         if "best" not in under_way and (plateau or crashes):
-            best, after = run.best(), max(e.number for e in run.history)
-            done = Experiment(best.number, best.description, status="measure", after=after)
-            return Task("best", done, run.source_of(best), commit=best.commit)
-        ideas = sum(task.kind == "idea" for task in self.tasks.values())
+            return self.measure_best()
+        ideas = len(self.again) + sum(task.kind == "idea" for task in self.tasks.values())
         most = self.args.experiments
         while self.waiting and (most is None or len(run.experiments()) + ideas < most):
             if task := self.take_up(self.waiting.pop(0)):
                 return task
         return None
+
+    def next_again(self, under_way: set[str]) -> Task | None:
+        """An idea's next run, on a seed that the best has run on too; if need be the best first."""
+        best = self.run.best()
+        for task in self.again:
+            seed, known = self.run.next_seed(task.done.seeds), self.run.scores_of(best.number)
+            if task.asked or task.base.commit != best.commit or seed in known:
+                task.asked = False
+                self.again.remove(task)
+                return task
+            if "best" not in under_way:
+                task.asked = True  # once
+                return self.measure_best()
+        return None
+
+    def measure_best(self) -> Task:
+        best, after = self.run.best(), max(e.number for e in self.run.history)
+        done = Experiment(best.number, best.description, status="measure", after=after)
+        return Task("best", done, self.run.source_of(best), commit=best.commit)
 
     def next_of_baseline(self) -> Task | None:
         """One more run of train.py as it is, the same number of them on every slot."""
@@ -596,7 +620,9 @@ class Night:
             patiently(lay_out, run, 0, {"description": "baseline"})
         again = ", once more" if count > wanted else ""
         part = Experiment(0, f"baseline, run {min(count, wanted)} of {wanted}{again}")
-        return Task("baseline", part, read_train(run.start), commit=run.start, count=count)
+        task = Task("baseline", part, read_train(run.start), commit=run.start, count=count)
+        task.seed = run.next_seed({*done.seeds, *(other.seed for other in self.tasks.values())})
+        return task
 
     def settle_baseline(self, task: Task) -> None:
         """Add one of its runs; the last one makes it experiment 0."""
@@ -663,6 +689,9 @@ class Night:
             self.settle_baseline(task)
         elif task.kind == "commit" and commit_on_branch(run) != task.commit:
             say(f"your commit {task.commit[:7]} is not the branch's last any more: not adopted")
+        elif done.status == "again":
+            self.again.append(task)
+            return
         elif task.kind != "idea":
             record(run, done, None, task.commit)
         else:

@@ -98,7 +98,8 @@ def processor() -> str:
 
 
 def carry_out(
-    run: Run, number: int, source: str, count: int, hidden_below: float, found: dict[str, Any]
+    run: Run, number: int, source: str, seed: int, count: int, hidden_below: float,
+    found: dict[str, Any],
 ) -> tuple[dict[str, bytes], str]:
     """Measure one run in a folder of its own: (the files that it leaves, the referee's words)."""
     facts = found[ray.get_runtime_context().get_node_id()]
@@ -108,7 +109,7 @@ def carry_out(
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
         here = {name: facts[name] for name in ("rows", "means", "memory_gb")}
         run = replace(run, tag=Path(folder).name, scale=run.scale | here)
-        own, task = run.folder(number), Task("idea", Experiment(number, ""), source)
+        own, task = run.folder(number), Task("", Experiment(number, ""), source, seed=seed)
         own.mkdir()
         write_atomic(own / "train.py", [source.encode()])
         task.slot.cold = True
@@ -185,7 +186,7 @@ class Cluster:
     def measure(self, run: Run, task: Task, count: int, label: str, hidden_below: float) -> str:
         """Have a node measure one run, and write here what it leaves; the referee's last words."""
         sent = replace(run, history=run.history[:1], running=[], sources={}, screened={}, tiny={})
-        words = (sent, task.done.number, task.source, count, hidden_below)
+        words = (sent, task.done.number, task.source, task.seed, count, hidden_below)
         promise, places, begun = None, {}, time.monotonic()
         try:
             with doing(label) as show:

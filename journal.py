@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import logging.handlers
@@ -25,12 +26,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ HEADER = ("commit", "val_bpb", "memory_gb", "status", "description", "run", "exp
 CHARS_PER_NODE = 4  # about, in Python
 PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
 SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
+ALIKE, ALIKE_MOST = 0.5, 0.9  # correlation of two programs on one seed: at first, at most
 SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
 DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
 DISK_POLL_SECONDS = 10.0
@@ -56,6 +57,7 @@ ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever
 LOG = logging.getLogger("autoresearch")
 HELD: list[Any] = []  # locks, for as long as this process lives
 DOING: dict[Any, str] = {}  # what goes on, a line each
+Scores = dict[Any, float]  # val_bpb by seed
 STOP = threading.Event()  # what goes on is to end
 
 
@@ -81,6 +83,7 @@ class Experiment:
     runs: int = 0  # that are judged
     disturbed: int = 0  # runs set aside, since the same code was faster in others
     values: list[float] = field(default_factory=list)  # val_bpb of each run that has one
+    seeds: list[int] = field(default_factory=list)  # that these runs had
     speeds: list[float] = field(default_factory=list)  # M tokens per second of the scale's clock
     hidden: list[float | None] = field(default_factory=list)  # the same of the hidden split
     after: int = 0  # for a measurement: the last experiment before it
@@ -116,6 +119,33 @@ class Experiment:
 
     def believed(self) -> bool:
         return not math.isnan(self.val_bpb()) and not self.reason.startswith("suspicious")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far runs of the same code lie apart."""
+
+    sigma: float  # their standard deviation
+    alike: float = 0.0  # correlation of two programs' runs on one seed
+    freedom: float = math.inf  # degrees, of sigma
+
+    def compare(self, old: Scores, new: Scores) -> tuple[float, float]:
+        """(by how much `new` lies below `old`, the standard error of that).
+
+        Generalised least squares for the two means: runs on one seed have the correlation `alike`,
+        all others none. Pairs take away the luck that is common, and what one side has on more
+        seeds than the other tells how much luck that was.
+        """
+        common = old.keys() & new.keys()
+        weight = 1 / (1 - self.alike**2)
+        a, b = ((weight - 1) * len(common) + len(scores) for scores in (old, new))
+        c = weight * self.alike * len(common)
+        x, y = (sum(scores[seed] for seed in common) for scores in (old, new))
+        u = (weight - 1) * x - weight * self.alike * y + sum(old.values())
+        v = (weight - 1) * y - weight * self.alike * x + sum(new.values())
+        scale = a * b - c * c  # of a mean - c mean' = u, b mean' - c mean = v
+        gain, variance = ((b - c) * u - (a - c) * v) / scale, (a + b - 2 * c) / scale
+        return gain, self.sigma * math.sqrt(variance)
 
 
 # ---------------------------------------------------------------------------
@@ -412,10 +442,14 @@ class Run:
         self.billed.update(bill)
         return bill
 
-    def seed(self, number: int, count: int) -> int:
-        """Of a run: each has its own, which does not tell train.py which run it is."""
-        text = f"{self.start} {self.settings()} {number} {count}"
+    def seed(self, number: int) -> int:
+        """Of every experiment's run of that number, so that they share their luck."""
+        text = f"{self.start} {self.settings()} {number}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+    def next_seed(self, known: Container[int]) -> int:
+        """The first that is not among those."""
+        return next(seed for seed in map(self.seed, itertools.count(1)) if seed not in known)
 
     def folder(self, number: int) -> Path:
         return ROOT / "runs" / self.tag / str(number)
@@ -441,12 +475,12 @@ class Run:
         """An experiment and its repeated measurements."""
         return [e for e in self.history if e.number == number]
 
-    def values_of(self, number: int) -> list[float]:
+    def scores_of(self, number: int, what: str = "values") -> Scores:
         """val_bpb of every undisturbed run of an experiment, repeated measurements included."""
-        return undisturbed(self.of(number))
+        return undisturbed(self.of(number), what)
 
-    def hidden_of(self, number: int) -> list[float]:
-        return [value for e in self.of(number) for value in e.hidden if value is not None]
+    def values_of(self, number: int) -> list[float]:
+        return list(self.scores_of(number).values())
 
     def mean_of(self, number: int) -> float:
         return statistics.fmean(self.values_of(number))
@@ -459,8 +493,8 @@ class Run:
             self.sources[commit] = read_train(commit)
         return self.sources[commit]
 
-    def sigma(self) -> float:
-        """Run-to-run standard deviation: the scale's prior, updated by every repeated run.
+    def noise(self) -> Noise:
+        """The scale's prior, updated by every repeated run.
 
         A run counts no more than SIGMA_MOST times what prior and baseline, a person's code, say:
         one program that diverges on its second seed must not make noise of all gains to come.
@@ -469,14 +503,27 @@ class Run:
         by_number: dict[int, list[Experiment]] = {0: []}
         for e in self.history:
             by_number.setdefault(e.number, []).append(e)
-        most = math.inf
-        for values in map(undisturbed, by_number.values()):
+        scores, most = {number: undisturbed(of) for number, of in by_number.items()}, math.inf
+        for values in (of.values() for of in scores.values()):
             if len(values) > 1:
                 mean = statistics.fmean(values)
                 squares += sum(min(most, (value - mean) ** 2) for value in values)
                 freedom += len(values) - 1
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
-        return math.sqrt(squares / freedom)
+        variance = squares / freedom
+        apart, pairs = PRIOR_RUNS * 2 * variance * (1 - ALIKE), PRIOR_RUNS
+        for e in self.experiments():
+            old, new = scores.get(e.base, {}), undisturbed([e]) if len(e.values) > 1 else {}
+            if common := old.keys() & new.keys():
+                changes = [old[seed] - new[seed] for seed in common]
+                mean = statistics.fmean(changes)
+                apart += sum(min(2 * most, (change - mean) ** 2) for change in changes)
+                pairs += len(common) - 1
+        alike = 1 - apart / pairs / (2 * variance)  # 0 is what is apart in all
+        return Noise(math.sqrt(variance), min(ALIKE_MOST, max(0.0, alike)), freedom)
+
+    def sigma(self) -> float:
+        return self.noise().sigma
 
     def drops(self) -> int:
         """Experiments since the last keep."""
@@ -489,12 +536,14 @@ class Run:
         return latest.index(True)
 
 
-def undisturbed(experiments: list[Experiment]) -> list[float]:
-    """val_bpb of those runs of one program that were not slower than it can be."""
+def undisturbed(experiments: list[Experiment], what: str = "values") -> Scores:
+    """Those of the runs of one program that were not slower than it can be; values or hidden."""
     slow = (1 - SLOWER) * max((s for e in experiments for s in e.speeds), default=0.0)
-    runs = (run for e in experiments
-            for run in zip_longest(e.values, e.speeds, fillvalue=math.inf))
-    return [value for value, speed in runs if speed >= slow]
+    runs = ((e.number, e.after, n, *run) for e in experiments
+            for n, run in enumerate(itertools.zip_longest(getattr(e, what), e.speeds, e.seeds)))
+    return {(number, after, n) if seed is None else seed: value  # older versions noted no seed
+            for number, after, n, value, speed, seed in runs
+            if value is not None and (speed is None or speed >= slow)}
 
 
 @cache
@@ -620,7 +669,8 @@ def show_result(run: Run, done: Experiment) -> None:
     """One line per finished experiment or measurement."""
     change = ""
     if run.history and not math.isnan(done.val_bpb()):
-        change = f"{done.val_bpb() - run.mean_of(run.best().number):+.6f}"
+        gain = run.mean_of(run.best().number) - done.val_bpb() if done.gain is None else done.gain
+        change = f"{-gain:+.6f}"
     cost = (f"{done.tokens_in / 1e3:.1f}k ({done.tokens_cached / 1e3:.1f}k cached) + "
             f"{done.tokens_out / 1e3:.1f}k tokens ${done.cost_usd:.3f}  ")
     cost = cost if done.tokens_out else ""

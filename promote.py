@@ -79,8 +79,8 @@ class Stack:
 class Promotion(Run):
     """Runs beside the night's; the stacks of a round have one seed, used nowhere else."""
 
-    def seed(self, number: int, count: int) -> int:
-        text = f"promotion {self.tag} {self.start} {self.settings()} {count}"
+    def seed(self, number: int) -> int:
+        text = f"promotion {self.tag} {self.start} {self.settings()} {number}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
@@ -156,7 +156,7 @@ def measure(stage: Run, stacks: list[Stack], rounds: int, slots: list[Slot]) -> 
     if first.status == "crash":
         raise SetupError(f"the baseline fails: {first.reason}", f"less {stage.folder(0)}/run.log")
     # What follows is limited by what this took; its own numbers must not be found here twice.
-    stage.history = [replace(first, number=-1, values=[], speeds=[], hidden=[])]
+    stage.history = [replace(first, number=-1, values=[], seeds=[], speeds=[], hidden=[])]
     jobs = [stack for _ in range(rounds) for stack in stacks][1:]
     free = list(slots)
     busy: dict[Future[None], tuple[Stack, Slot]] = {}

@@ -26,7 +26,17 @@ from string import Template
 from typing import Any
 
 from digest import causes, near_misses, open_ideas, signed, tokens_gain
-from journal import PRIOR_RUNS, ROOT, Experiment, Run, git, kept_range, one_line, read_journal
+from journal import (
+    ROOT,
+    Experiment,
+    Noise,
+    Run,
+    git,
+    kept_range,
+    one_line,
+    read_journal,
+    undisturbed,
+)
 from prepare import SetupError, scale_named, write_atomic
 
 CONFIDENCE = 0.95
@@ -54,17 +64,9 @@ def student(freedom: float, confidence: float = CONFIDENCE) -> float:
     return z + sum(term / freedom ** (n + 1) for n, term in enumerate(terms))
 
 
-def interval(sigma: float, freedom: float, *runs: int) -> float:
-    """Half the width of the 95 % interval of a difference (or mean) of means of so many runs."""
-    return student(freedom) * sigma * math.sqrt(sum(1 / n for n in runs))
-
-
-def freedom_of(run: Run) -> float:
-    """Degrees of freedom of run.sigma(): the prior's and those of repeated runs."""
-    counts: dict[int, int] = {}
-    for e in run.history:
-        counts[e.number] = counts.get(e.number, 0) + len(e.values)
-    return PRIOR_RUNS + sum(max(0, n - 1) for n in counts.values())
+def half_width(noise: Noise, runs: int) -> float:
+    """Half the 95 % interval of the mean of so many runs."""
+    return student(noise.freedom) * noise.sigma / math.sqrt(runs)
 
 
 def false_keep(gain: float, error: float) -> float:
@@ -184,15 +186,15 @@ def read_run(tag: str | None) -> tuple[Run, Path]:
 
 def report_run(run: Run) -> Report:
     """What a run of ours comes to."""
-    sigma, best = run.sigma(), run.best()
+    noise, best = run.noise(), run.best()
     points = [Point(e.after if e.status == "measure" else e.number, e.val_bpb(), e.status,
-                    e.description, sigma / math.sqrt(max(1, len(e.values))))
+                    e.description, noise.sigma / math.sqrt(max(1, len(e.values))))
               for e in run.history]  # fmt: skip
-    report = Report(f"autoresearch/{run.tag}", points, sigma=sigma)
-    report.words = verdict(run, sigma)
-    report.keeps = [kept_commit(run, e, sigma) for e in run.experiments() if e.status == "keep"]
+    report = Report(f"autoresearch/{run.tag}", points, sigma=noise.sigma)
+    report.words = verdict(run, noise)
+    report.keeps = [kept_commit(run, e, noise) for e in run.experiments() if e.status == "keep"]
     tried = run.experiments()
-    near = [f"{line}" for line in near_misses(tried, sigma)]
+    near = [f"{line}" for line in near_misses(tried, noise.sigma)]
     ideas = ROOT / "ideas.md"
     text = ideas.read_text(encoding="utf-8", errors="replace") if ideas.exists() else ""
     crashed = [html.unescape(line.replace("<log>", "").replace("</log>", ""))
@@ -215,18 +217,19 @@ def found(run: Run) -> Path:
     return run.folder(0).parent / "promote.txt"
 
 
-def gain_of(run: Run, sigma: float) -> tuple[float, float, list[float], bool]:
+def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], bool]:
     """(the best's gain over the baseline, half its 95 % interval, the best's values that it is
     judged by, whether these are fresh: not those that it was chosen by)."""
-    base, best = run.values_of(0), run.best()
-    fresh = [v for e in run.of(best.number) if e.status == "measure" for v in e.values]
-    values = fresh or run.values_of(best.number)
-    half = interval(sigma, freedom_of(run), len(base), len(values))
-    luck = 0.0 if fresh else luck_of(run, best, sigma)
-    return statistics.fmean(base) - statistics.fmean(values) - luck, half, values, bool(fresh)
+    base, best = run.scores_of(0), run.best()
+    fresh = undisturbed([e for e in run.of(best.number) if e.status == "measure"])
+    scores = fresh or run.scores_of(best.number)
+    gain, error = noise.compare(base, scores)
+    luck = 0.0 if fresh else luck_of(run, best, noise)  # on average: it may as well be twice that
+    half = student(noise.freedom) * math.hypot(error, luck)
+    return gain - luck, half, list(scores.values()), bool(fresh)
 
 
-def luck_of(run: Run, done: Experiment, sigma: float) -> float:
+def luck_of(run: Run, done: Experiment, noise: Noise) -> float:
     """What the gain of a keep is too large by, on average, as it was kept for being so large.
 
     The mean of a normal variable above a bar is above its mean by the inverse Mills ratio, here at
@@ -235,64 +238,65 @@ def luck_of(run: Run, done: Experiment, sigma: float) -> float:
     """
     if done.gain is None or done.reason:
         return 0.0  # simpler, or adopted: not kept for its gain
-    error, normal = keep_error(run, done, sigma), statistics.NormalDist()
+    error, normal = keep_error(run, done, noise), statistics.NormalDist()
     above = done.gain / error - (KEPT_AGAIN if len(done.values) > 1 else KEPT_AT_ONCE)
     return error * normal.pdf(above) / max(normal.cdf(above), 1e-9)
 
 
-def verdict(run: Run, sigma: float) -> list[str]:
+def verdict(run: Run, noise: Noise) -> list[str]:
     """Baseline, best and gain with their 95 % intervals, and what of it may be luck."""
-    best, first, freedom = run.best(), run.history[0], freedom_of(run)
+    best, first = run.best(), run.history[0]
     tried, fresh = run.experiments(), []
     count = {s: sum(e.status == s for e in tried) for s in ("keep", "discard", "crash")}
     words = [f"{len(tried)} experiments: {count['keep']} kept, {count['discard']} dropped, "
              f"{count['crash']} crashed."]  # fmt: skip
 
     def mean(values: list[float]) -> str:
-        half = interval(sigma, freedom, len(values))
+        half = half_width(noise, len(values))
         return f"{statistics.fmean(values):.6f} ± {half:.6f} ({len(values)} runs)"
 
     base = run.values_of(0)
     if not count["keep"]:
-        half = interval(sigma, freedom, len(base), len(base))
+        half = math.sqrt(2) * half_width(noise, len(base))
         words.append(f"Baseline {mean(base)}. Nothing was kept: the gain is 0, and what a gain of "
                      f"nothing looks like is ± {half:.6f}.")
     else:
-        gain, half, values, fresh = gain_of(run, sigma)
+        gain, half, values, fresh = gain_of(run, noise)
         words.append(f"Baseline {mean(base)}, best {mean(values)}: experiment {best.number}, "
                      f"{best.description}.")
         real = "real" if gain > half else "not told from nothing"
         words.append(f"The gain is {gain:.6f} ± {half:.6f} (95 %): {real}.")
         if not fresh:
             words.append("The best is judged by the runs that it was chosen by; what that makes it "
-                         f"too good by, {luck_of(run, best, sigma):.6f}, is taken off.")
+                         f"too good by, {luck_of(run, best, noise):.6f}, is taken off.")
         low = min(v for e in run.history for v in e.values if e.believed())
         claimed = first.values[0] - low if first.values else math.nan
         if claimed > 0:
             luck = 100 * min(1.0, max(0.0, 1 - gain / claimed))
             words.append(f"The lowest single number is {low:.6f}: a search that believes it "
                          f"claims {claimed:.6f}, of which {luck:.0f} % is luck.")
-        false = sum(false_keep(e.gain, keep_error(run, e, sigma)) for e in tried
+        false = sum(false_keep(e.gain, keep_error(run, e, noise)) for e in tried
                     if e.status == "keep" and e.gain is not None)  # fmt: skip
         words.append(f"Of {count['keep']} keeps about {false:.1f} may have gained nothing.")
-    words.append(f"Two runs of the same code differ by {sigma:.6f} (sigma, {freedom:.0f} degrees "
-                 "of freedom).")
+    words.append(f"Two runs of the same code differ by {noise.sigma:.6f} (sigma, "
+                 f"{noise.freedom:.0f} degrees of freedom); on one seed {noise.alike:.2f} of the "
+                 "variance is common to two versions of it.")
     return words
 
 
-def keep_error(run: Run, done: Experiment, sigma: float) -> float:
+def keep_error(run: Run, done: Experiment, noise: Noise) -> float:
     """Standard error of a gain, by the runs of both sides as they were then."""
-    base = sum(len(e.values) for e in run.of(done.base) if e.order < done.order)
-    return sigma * math.sqrt(1 / max(1, len(done.values)) + 1 / max(1, base))
+    then = [e for e in run.of(done.base) if e.order < done.order] or run.of(done.base)
+    return noise.compare(undisturbed(then), undisturbed([done]))[1]
 
 
-def kept_commit(run: Run, done: Experiment, sigma: float) -> dict[str, Any]:
+def kept_commit(run: Run, done: Experiment, noise: Noise) -> dict[str, Any]:
     """What is to be known of a commit before it is taken."""
     base = next((e for e in run.history if e.number == done.base), run.history[0])
     old, new = run.source_of(base).splitlines(), run.source_of(done).splitlines()
     diff = list(difflib.unified_diff(old, new, "before", "after", lineterm="", n=2))
     added = sum(line.startswith("+") for line in diff[2:])
-    half = student(freedom_of(run)) * keep_error(run, done, sigma)
+    half = student(noise.freedom) * keep_error(run, done, noise)
     hidden = [[v for v in e.hidden if v is not None] for e in (base, done)]
     by_tokens = tokens_gain(done, base, run.scale["name"])
     facts = {"commit": done.commit[:7], "number": done.number, "description": done.description,

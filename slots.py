@@ -77,7 +77,7 @@ class Slot:
 
 @dataclass
 class Task:
-    """What a slot does: all runs of an idea, or one of the baseline, the best or a commit."""
+    """What a slot does: one run of an idea, the baseline, the best or a commit."""
 
     kind: str  # baseline (one run of it), best, commit or idea
     done: Experiment
@@ -86,6 +86,8 @@ class Task:
     proposal: Proposal | None = None  # of a commit or an idea
     commit: str = ""  # that holds the source, where it is no idea
     slot: Slot = field(default_factory=Slot)
+    seed: int = 0  # of the run
+    asked: bool = False  # for a run of the base on the next one's seed
     count: int = 0  # of the baseline's runs, this one
     result: dict[str, Any] = field(default_factory=dict)  # of it
 
@@ -222,7 +224,7 @@ def measure(run: Run, task: Task, count: int, label: str, hidden_below: float) -
 def words_of(run: Run, task: Task, count: int, hidden_below: float) -> list[object]:
     """The referee's command line for one run, with limits that follow from the baseline."""
     number = task.done.number
-    words = [run.folder(number), "--run", count, "--seed", run.seed(number, count)]
+    words = [run.folder(number), "--run", count, "--seed", task.seed]
     words += ["--timeout", run_timeout(run), f"--hidden-below={hidden_below}"]
     words += ["--manifest", run.scale["manifest"], *means_of(run)]
     words += ["--trusted", run.scale["referee"]]

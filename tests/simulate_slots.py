@@ -372,6 +372,7 @@ class Simulation:
         choose = random.Random(f"{self.seed} run {count} {task.source}")
         val_bpb = self.value(task.source) + choose.gauss(0, known.sigma)
         result = {"status": "ok", "reason": "", "val_bpb": val_bpb, "disturbed": "",
+                  "seed": task.seed,
                   "peak_vram_mb": 45_000.0, "num_steps": 950, "num_params_M": 80.9,
                   "training_seconds": known.budget,
                   "total_tokens_M": 500 * spread(choose, 1, known.speed_spread),

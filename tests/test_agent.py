@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import TOY, late, proposal
 
@@ -19,6 +20,7 @@ import agent
 import journal
 import proposals
 from agent import judge
+from journal import Noise
 from proposals import Edit, Rejected, apply_edits, read_knobs
 
 # ---------------------------------------------------------------------------
@@ -29,7 +31,9 @@ SIGMA = 0.01
 
 
 def verdict(*values, best=(1.0,) * 3, risk=0.1, simpler=False):
-    return judge(list(values), list(best), SIGMA, risk, 1.0, simpler)[0]
+    """Of runs on different seeds."""
+    own = {-n: value for n, value in enumerate(values, 1)}
+    return judge(own, dict(enumerate(best)), Noise(SIGMA), risk, 1.0, simpler)[0]
 
 
 def errors(count, runs=3):
@@ -62,10 +66,52 @@ def test_simplification_may_lose_half_a_sigma_but_only_by_the_mean_of_two():
 
 
 def test_gain_too_good_to_be_true_is_set_aside():
-    best = [1.0] * 3
-    assert judge([0.5], best, SIGMA, 0.1, 1.0, False)[1].startswith("suspicious")
-    assert judge([0.96], best, 0.001, 0.1, 1.0, False) == ("keep", "")  # under 5 %
-    assert judge([0.5], best, SIGMA, 0.1, 0.55, False) == ("keep", "")  # not beyond what was seen
+    best, noise = dict.fromkeys(range(3), 1.0), Noise(SIGMA)
+    assert judge({0: 0.5}, best, noise, 0.1, 1.0, False)[1].startswith("suspicious")
+    assert judge({0: 0.96}, best, Noise(0.001), 0.1, 1.0, False) == ("keep", "")  # under 5 %
+    assert judge({0: 0.5}, best, noise, 0.1, 0.55, False) == ("keep", "")  # seen before
+
+
+def test_runs_on_equal_seeds_are_compared_in_pairs():
+    best, noise = {1: 1.0, 2: 1.02, 3: 0.98}, Noise(SIGMA, alike=0.8)
+    own = {seed: value - errors(1, 1) for seed, value in best.items()}  # 2 / sqrt(3) sigma less
+    assert judge(own, best, noise, 0.05, 1.0, False)[0] == "keep"
+    apart = {-seed: value for seed, value in own.items()}
+    assert judge(apart, best, noise, 0.05, 1.0, False)[0] == "again"
+    unlucky = {2: 1.01}  # as the best was on that seed, which it knows by the two others
+    assert judge(unlucky, best, noise, 0.05, 1.0, False)[0] == "again"
+    assert judge({-2: 1.01}, best, noise, 0.05, 1.0, False)[0] == "discard"
+
+
+@pytest.mark.parametrize("seeds", ["1 123", "1 2", "12 123", "123 12", "123 1234"])
+@pytest.mark.parametrize("alike", [0.0, 0.6])
+def test_the_comparison_is_generalised_least_squares(seeds, alike):
+    """Against the textbook's formula on the covariances of all runs."""
+    draw = random.Random(1)
+    old, new = ({int(seed): draw.gauss(1, SIGMA) for seed in each} for each in seeds.split())
+    runs = [(side, seed) for side, each in enumerate((old, new)) for seed in each]
+    covariance = np.array([[1.0 if a == b else alike * (a[1] == b[1]) for b in runs] for a in runs])
+    design = np.array([[side == 0, side == 1] for side, _ in runs], dtype=float)
+    weights = design.T @ np.linalg.inv(covariance)
+    means = np.linalg.inv(weights @ design)
+    first, second = means @ weights @ [(old, new)[side][seed] for side, seed in runs]
+    gain, error = Noise(SIGMA, alike).compare(old, new)
+    assert gain == pytest.approx(first - second)
+    assert error == pytest.approx(SIGMA * math.sqrt(np.array([1, -1]) @ means @ [1, -1]))
+
+
+def test_how_much_luck_is_common_is_learnt_from_repeated_runs():
+    """True correlation 0.8 and 0; of a hundred candidates with two runs each."""
+    for common in (0.8, 0.0):
+        draw, run = random.Random(2), journal.Run("t", {"sigma": SIGMA}, "start")
+        luck = [draw.gauss(0, SIGMA * math.sqrt(common)) for _ in range(8)]
+        for number in range(100):
+            own = [x + draw.gauss(0, SIGMA * math.sqrt(1 - common)) for x in luck]
+            tried = journal.Experiment(number, "", values=own, seeds=list(range(8)))
+            run.history.append(tried)
+        assert run.noise().alike == pytest.approx(common, abs=0.1)
+    run.history = run.history[:1]
+    assert run.noise().alike == journal.ALIKE
 
 
 def judged(*statuses):
@@ -90,15 +136,15 @@ def test_a_night_of_fifty_candidates_without_substance_mostly_keeps_none():
     """Whole nights of A/A pairs, by the rule and by keeping any drop."""
     draw, none, greedy = random.Random(1), 0, 0
     for _ in range(200):
-        best, history, lowest = [draw.gauss(1, SIGMA) for _ in range(3)], judged(), 2.0
+        best, history, lowest = {n: draw.gauss(1, SIGMA) for n in range(3)}, judged(), 2.0
         for number in range(1, 51):
-            values, status = [], "again"
+            own, status = {}, "again"
             while status == "again":
-                values.append(draw.gauss(1, SIGMA))
-                status = judge(values, best, SIGMA, agent.level(history), 0.9, False)[0]
-            greedy += values[0] < lowest
-            lowest = min(lowest, values[0])
-            best = values if status == "keep" else best
+                own[number, len(own)] = draw.gauss(1, SIGMA)
+                status = judge(own, best, Noise(SIGMA), agent.level(history), 0.9, False)[0]
+            first = own[number, 0]
+            greedy, lowest = greedy + (first < lowest), min(lowest, first)
+            best = own if status == "keep" else best
             history.append(journal.Experiment(number, "", status=status))
         none += all(e.status == "discard" for e in history[1:])
     assert none > 0.85 * 200 and greedy > 3 * 200

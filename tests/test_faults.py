@@ -88,7 +88,8 @@ def final_state(checkout):
     trees = [checkout.git("rev-parse", f"{ref}:train.py") for ref in refs]
     kept = checkout.git("log", "--format=%s", "main..autoresearch/t").splitlines()
     assert checkout.git("fsck", "--no-dangling") == ""
-    assert [row["commit"] for row in checkout.rows() if row["experiment"] != "0"] == [
+    tried = [row for row in checkout.rows() if row["status"] != "measure"]
+    assert [row["commit"] for row in tried if row["experiment"] != "0"] == [
         checkout.git("rev-parse", "--short=7", ref) for ref in refs
     ]
     return rows, refs, trees, kept
@@ -133,7 +134,7 @@ def test_killed_at_random_instants_it_ends_in_the_same_state(tmp_path, cache, re
         assert done.returncode == 0, done.stderr
         states.append(final_state(checkout))
         assert states[-1] == states[0]
-    assert {row[0] for row in states[0][0]} == {"keep", "discard"}
+    assert {row[0] for row in states[0][0]} >= {"keep", "discard"}
     print(f"{kills} kills in {len(states) - 1} nights, {referee}")
 
 
@@ -183,7 +184,7 @@ POINTS = [
     ids=lambda point: "-".join(map(str, point)),
 )  # fmt: skip
 def test_killed_between_two_writes_it_ends_in_the_same_state(quick, tmp_path, point):
-    """A keep, a confirmed keep and a drop; the kill falls into one of them or into the baseline."""
+    """A keep, one confirmed on a seed that the best is run on too, and a drop, or the baseline."""
     values = (0.6, 0.63, 0.4)
     command = ["--tag", "t", "--patches", *map(str, sharpness(quick, *values))]
     killer = [sys.executable, "-c", KILLER, *map(str, point)]
@@ -194,7 +195,7 @@ def test_killed_between_two_writes_it_ends_in_the_same_state(quick, tmp_path, po
     done = quick.agent(*command)
     assert done.returncode == 0, done.stderr
     rows, refs, trees, kept = final_state(quick)
-    assert [row[0] for row in rows] == ["keep", "keep", "keep", "discard"]
+    assert [row[0] for row in rows] == ["keep", "keep", "measure", "keep", "discard"]
     assert len(refs) == 3 and len(set(trees)) == 3 and len(kept) == 2
 
 
@@ -222,7 +223,8 @@ def test_a_persons_commit_on_the_branch_is_adopted_even_if_it_is_worse(quick):
     assert "has a commit of yours, the new best: my own idea" in done.stderr
     rows = quick.rows()
     told = [(row["experiment"], row["status"], row["description"]) for row in rows[2:]]
-    assert told == [("2", "keep", "my own idea"), ("3", "keep", "0.55.py")]
+    again = ("2", "measure", "my own idea")  # on the second seed of what follows
+    assert told == [("2", "keep", "my own idea"), again, ("3", "keep", "0.55.py")]
     assert rows[2]["commit"] == mine[:7]
     assert quick.git("rev-parse", "autoresearch/t~1") == mine
     assert quick.git("show", "autoresearch/t:notes.txt") == "mine"
@@ -957,7 +959,7 @@ def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
     quick.commit_all()
     done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.5001))
     assert done.returncode == 0, done.stderr
-    row = quick.rows()[1]
+    row = quick.rows()[-1]
     assert "disturbed: 50 % fewer tokens/s" in done.stderr and row["runs"] == "4"
     assert (quick.folder / "runs/t/1/result-3.json").exists()
 

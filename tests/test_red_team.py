@@ -941,7 +941,8 @@ def test_a_gain_on_val_that_hidden_contradicts_is_suspicious_and_not_kept(folder
 
 def test_half_of_a_gain_and_three_sigma_must_show_on_hidden():
     def verdict(*values, hidden_gain):
-        return agent.judge(list(values), [1.0] * 3, 0.01, 0.1, 1.0, False, hidden_gain)
+        best, noise = dict(enumerate([1.0] * 3)), agent.Noise(0.01)
+        return agent.judge(dict(enumerate(values)), best, noise, 0.1, 1.0, False, hidden_gain)
 
     contradicted = ("discard", "suspicious: the hidden split does not show this gain")
     assert verdict(0.93, hidden_gain=0.036) == ("keep", "")
@@ -954,7 +955,7 @@ def test_half_of_a_gain_and_three_sigma_must_show_on_hidden():
 
 
 def test_the_gain_on_hidden_is_that_of_the_means_over_the_best():
-    run = agent.Run("t", {}, "start")
+    run = agent.Run("t", {"sigma": 0.01}, "start")
     run.history = [agent.Experiment(0, "", status="keep", hidden=[1.0, 1.2]),
                    agent.Experiment(1, "", status="discard", hidden=[5.0]),
                    agent.Experiment(0, "", status="measure", after=1, hidden=[1.4])]  # fmt: skip

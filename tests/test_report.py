@@ -115,10 +115,10 @@ def test_intervals_of_a_gain_hold_what_they_say():
         for number in range(6):
             values = [choose.gauss(1, 0.01) for _ in range(3)]
             run.history.append(Experiment(number, "", status="keep", values=values))
-        sigma, freedom = run.sigma(), report.freedom_of(run)
+        noise = run.noise()
         base, best = ([choose.gauss(mean, 0.01) for _ in range(4)] for mean in (1.0, 0.99))
         gain = statistics.fmean(base) - statistics.fmean(best)
-        held += abs(gain - 0.01) < report.interval(sigma, freedom, 4, 4)
+        held += abs(gain - 0.01) < math.sqrt(2) * report.half_width(noise, 4)
     assert 930 <= held <= 970
 
 
