@@ -16,7 +16,6 @@ import ast
 import hashlib
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,9 +34,9 @@ from agent import (
     train_fairly,
 )
 from journal import (
-    PRIOR_RUNS,
     STOP,
     Experiment,
+    Noise,
     Run,
     git,
     git_folder,
@@ -51,6 +50,7 @@ from journal import (
     say,
     status_line,
     sync_git,
+    undisturbed,
     write_commit,
 )
 from prepare import SetupError
@@ -190,13 +190,9 @@ def run_once(stage: Run, stack: Stack, slot: Slot) -> None:
     say(f"{label}: {value}")
 
 
-def pooled(stacks: list[Stack], prior: float) -> tuple[float, float]:
-    """(sigma, degrees of freedom) of all these runs and the prior."""
-    freedom, squares = float(PRIOR_RUNS), PRIOR_RUNS * prior**2
-    for values in (stack.done.values for stack in stacks):
-        freedom += max(0, len(values) - 1)
-        squares += sum((value - statistics.fmean(values)) ** 2 for value in values)
-    return math.sqrt(squares / freedom), freedom
+def noise_of(stacks: list[Stack], sigma: float) -> Noise:
+    """Of all these runs, with a prior."""
+    return Run("", {"sigma": sigma}, "", [stack.done for stack in stacks]).noise()
 
 
 @dataclass
@@ -216,13 +212,12 @@ class Effect:
         return "hurts" if self.gain < -self.half else "no effect"
 
 
-def effect(worse: Stack, better: Stack, sigma: float, freedom: float) -> Effect:
+def effect(worse: Stack, better: Stack, noise: Noise) -> Effect:
     for stack in (worse, better):
         if stack.done.status == "crash" or not stack.done.values:
             return Effect(reason=f"{stack.name} fails: {stack.done.reason}")
-    a, b = worse.done.values, better.done.values
-    half = student(freedom, ONE_SIDED) * sigma * math.sqrt(1 / len(a) + 1 / len(b))
-    return Effect(statistics.fmean(a) - statistics.fmean(b), half)
+    gain, error = noise.compare(undisturbed([worse.done]), undisturbed([better.done]))
+    return Effect(gain, student(noise.freedom, ONE_SIDED) * error)
 
 
 # ---------------------------------------------------------------------------
@@ -280,12 +275,12 @@ def promote(args: argparse.Namespace) -> None:
     parts = {n: Stack(f"without {n}", text) for n, text in trimmed.items() if text is not None}
     with status_line():
         measure(small, [baseline, whole, *parts.values()], args.runs, args.slots)
-    sigma, freedom = pooled([baseline, whole, *parts.values()], run.sigma())
-    total = effect(baseline, whole, sigma, freedom)
+    noise = noise_of([baseline, whole, *parts.values()], run.sigma())
+    total = effect(baseline, whole, noise)
     found(run).unlink(missing_ok=True)
     conclude(run, f"all {len(kept)} kept together: {total}, {total.verdict()}")
     at_small = {e.number: total if len(kept) == 1 else
-                effect(parts[e.number], whole, sigma, freedom) if e.number in parts else
+                effect(parts[e.number], whole, noise) if e.number in parts else
                 Effect(reason="cannot be taken out, later commits build on it") for e in kept}
     going = [e for e in kept if at_small[e.number].gain > 0 or at_small[e.number].reason]
     at_large: dict[int, Effect] = {}
@@ -339,15 +334,15 @@ def at_larger(
             parts[e.number] = Stack(f"without {e.number}", grow(text))
     with status_line():
         measure(stage, [baseline, whole, *parts.values()], args.runs, args.slots)
-    sigma, freedom = pooled([baseline, whole, *parts.values()], scale["sigma"])
-    total = effect(baseline, whole, sigma, freedom)
+    noise = noise_of([baseline, whole, *parts.values()], scale["sigma"])
+    total = effect(baseline, whole, noise)
     where = "at twice the depth and budget" if twice else f"at the scale {larger}"
     conclude(run, f"what gained, {where}: {total}, {total.verdict()}")
     set_budget(run.scale["budget"], run.scale["clock"])
     alone = {together[0].number: total} if len(together) == 1 else {}
     tied = {e.number: Effect(reason="cannot be taken out, later commits build on it")
             for e in together}  # fmt: skip
-    lone = {n: effect(stack, whole, sigma, freedom) for n, stack in parts.items()}
+    lone = {n: effect(stack, whole, noise) for n, stack in parts.items()}
     apart = {e.number: Effect(reason="conflicts without those that were left out") for e in left}
     return tied | apart | lone | alone
 
@@ -401,7 +396,7 @@ def finish(
         with status_line():
             measure(again, [first, final], args.runs, args.slots)
         baseline = first
-    gain = effect(baseline, final, *pooled([baseline, final], run.sigma()))
+    gain = effect(baseline, final, noise_of([baseline, final], run.sigma()))
     name = write_branch(run, taken)
     conclude(run, f"{len(taken)} commits hold, together {gain} in fresh runs: {name}")
     conclude(run, f"take them: git cherry-pick {run.start[:7]}..{name}")

@@ -43,15 +43,27 @@ def test_depth_is_doubled_wherever_it_comes_from():
 
 
 def test_an_effect_is_told_only_beyond_its_interval():
-    def stack(name, *values):
-        made = promote.Stack(name, "")
-        made.done.values = list(values)
+    def stack(number, *values):
+        made = promote.Stack("", "")
+        made.done.number, made.done.values, made.done.seeds = number, list(values), [1, 2, 3]
         return made
 
-    better = stack("better", 1.0, 1.001, 0.999)
+    better = stack(1, 1.0, 1.001, 0.999)
     for worse, word in (((1.02, 1.021), "holds"), ((1.0, 1.001), "no effect"), ((0.98,), "hurts")):
-        stacks = [stack("worse", *worse), better]
-        assert promote.effect(*stacks, *promote.pooled(stacks, 0.002)).verdict() == word
+        stacks = [stack(0, *worse), better]
+        assert promote.effect(*stacks, promote.noise_of(stacks, 0.002)).verdict() == word
+
+
+def test_what_rounds_have_in_common_does_not_hide_an_effect():
+    """Rounds differ by more than what the second stack gains in each of them."""
+    stacks = [promote.Stack("", "") for _ in range(2)]
+    for number, stack in enumerate(stacks):
+        rounds = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0]
+        stack.done.number, stack.done.seeds = number, list(range(6))
+        stack.done.values = [value - 0.008 * number for value in rounds]
+    assert promote.effect(*stacks, promote.noise_of(stacks, 0.01)).verdict() == "holds"
+    stacks[1].done.seeds = list(range(6, 12))
+    assert promote.effect(*stacks, promote.noise_of(stacks, 0.01)).verdict() == "no effect"
 
 
 @pytest.mark.slow
