@@ -166,28 +166,31 @@ def judge(
 
 
 def carry_out(run: Run, task: Task) -> None:
-    """All runs of a task, in a thread of its own: task.done is complete then."""
-    kinds = {"baseline": run_baseline, "best": run_best, "commit": run_commit,
-             "idea": run_and_judge}
+    """One run, in a thread of its own, noted in task.done."""
+    kinds = {"baseline": run_baseline, "best": run_best, "commit": run_commit, "idea": run_idea}
     task.done.began = task.done.began or time.time()
     kinds[task.kind](run, task)
 
 
-def run_and_judge(run: Run, task: Task) -> None:
-    """One run, and what the keep rule says of all there are."""
-    done, base = task.done, task.base.number
-    simpler = node_count(task.source) < node_count(run.source_of(task.base))
+def run_idea(run: Run, task: Task) -> None:
+    """One run more; the verdict is not given here."""
+    done, best = task.done, run.scores_of(task.base.number)
     label = f"{done.number}: {done.description}" + (", on another seed" if done.runs else "")
-    best = run.scores_of(base)
-    usual = best.get(run.next_seed(done.seeds), statistics.fmean(best.values()))
+    usual = max(statistics.fmean(best.values()), best.get(run.next_seed(done.seeds), 0.0))
+    done.status = ""
     if not train_fairly(run, task, label, usual + 0.5 * run.sigma()):
         done.status = "discard"
-    elif done.status != "crash":
-        scores, best, noise = undisturbed([done]), run.scores_of(base), run.noise()
-        lowest = min(e.val_bpb() for e in run.history if e.believed())
-        rule = (level(run.history), lowest, simpler, hidden_gain(run, task))
-        done.gain, _ = noise.compare(best, scores)
-        done.status, done.reason = judge(scores, best, noise, *rule)
+
+
+def decide(run: Run, task: Task) -> None:
+    """What the keep rule says of the runs that an idea has."""
+    done, noise = task.done, run.noise()
+    scores, best = undisturbed([done]), run.scores_of(task.base.number)
+    lowest = min(e.val_bpb() for e in run.history if e.believed())
+    simpler = node_count(task.source) < node_count(run.source_of(task.base))
+    rule = (level(run.history), lowest, simpler, hidden_gain(run, task, noise))
+    done.gain, _ = noise.compare(best, scores)
+    done.status, done.reason = judge(scores, best, noise, *rule)
 
 
 def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.inf) -> bool:
@@ -200,7 +203,9 @@ def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.in
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
         count = 1 + runs_of(run, done.number, done)
-        task.seed = run.next_seed({*run.scores_of(done.number), *done.seeds})
+        known = {*run.scores_of(done.number), *done.seeds}
+        if not task.seed or task.seed in known:
+            task.seed = run.next_seed(known)
         add_result(run, done, train_once(run, task, count, label, hidden_below), label)
         if done.status == "crash":
             return True
@@ -235,10 +240,10 @@ def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -
             del each[n]
 
 
-def hidden_gain(run: Run, task: Task) -> float | None:
+def hidden_gain(run: Run, task: Task, noise: Noise) -> float | None:
     """What a candidate gains on the hidden split over its base, if both were scored on it."""
     best, own = run.scores_of(task.base.number, "hidden"), undisturbed([task.done], "hidden")
-    return run.noise().compare(best, own)[0] if best and own else None
+    return noise.compare(best, own)[0] if best and own else None
 
 
 def unfinished(run: Run) -> list[Proposal]:
@@ -576,7 +581,7 @@ class Night:
         over = self.limit()
         if not over and (tip := commit_on_branch(run)):
             return self.adopt(tip)
-        if (task := self.next_again(under_way)) or over:
+        if (task := self.next_again(under_way, bool(over))) or over:
             return task
         plateau = run.since_keep() >= MEASURE_AFTER
         plateau = plateau and len(run.values_of(run.best().number)) < BEST_RUNS
@@ -590,24 +595,27 @@ class Night:
                 return task
         return None
 
-    def next_again(self, under_way: set[str]) -> Task | None:
+    def next_again(self, under_way: set[str], over: bool) -> Task | None:
         """An idea's next run, on a seed that the best has run on too; if need be the best first."""
-        best = self.run.best()
-        for task in self.again:
-            seed, known = self.run.next_seed(task.done.seeds), self.run.scores_of(best.number)
-            if task.asked or task.base.commit != best.commit or seed in known:
-                task.asked = False
+        run, best = self.run, self.run.best()
+        known = run.scores_of(best.number)
+        vain = any(e.status == "measure" and not e.values for e in run.of(best.number))
+        for task in list(self.again):
+            seed = run.next_seed(task.done.seeds)
+            if task.base.commit != best.commit:  # from the start, on top of that
+                self.again.remove(task)
+                self.waiting.insert(0, task.proposal)
+            elif seed in known or vain or over:
                 self.again.remove(task)
                 return task
-            if "best" not in under_way:
-                task.asked = True  # once
-                return self.measure_best()
+            elif "best" not in under_way:
+                return self.measure_best(seed)
         return None
 
-    def measure_best(self) -> Task:
+    def measure_best(self, seed: int = 0) -> Task:
         best, after = self.run.best(), max(e.number for e in self.run.history)
         done = Experiment(best.number, best.description, status="measure", after=after)
-        return Task("best", done, self.run.source_of(best), commit=best.commit)
+        return Task("best", done, self.run.source_of(best), commit=best.commit, seed=seed)
 
     def next_of_baseline(self) -> Task | None:
         """One more run of train.py as it is, the same number of them on every slot."""
@@ -656,7 +664,7 @@ class Night:
             patiently(complete, proposal, run)
         except Rejected as rejection:
             run.running.remove(proposal)
-            if list(run.folder(proposal.number).glob("result*.json")):  # has won once
+            if list(run.folder(proposal.number).glob("result*.json")):  # has run
                 done.status, done.reason = "discard", "does not fit on the new best"
                 record(run, done, proposal.source, proposal.base)
             else:
@@ -685,6 +693,8 @@ class Night:
         self.free.append(task.slot)
         future.result()
         done = task.done
+        if task.kind == "idea" and not done.status:
+            decide(run, task)
         if task.kind == "baseline":
             self.settle_baseline(task)
         elif task.kind == "commit" and commit_on_branch(run) != task.commit:

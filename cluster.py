@@ -1,12 +1,18 @@
 """The cluster: runs as tasks of a Ray cluster that a person has brought up.
 
     pip install '.[ray]'
-    python agent.py --ray auto                      # on a node of the cluster
-    python agent.py --ray 10.0.0.1:6379 --slots 4
+    ray start --head --port 6379               # by hand: on the first machine
+    ray start --address HOST:6379              # on each of the others
+    ray up cluster.yaml                        # or in a cloud, by Ray's launcher
+    ray attach cluster.yaml                    # to where agent.py is then started
+    sky launch -c night --num-nodes 4 --gpus H100 ray.yaml   # or by SkyPilot, `run:` as by hand
+    python agent.py --ray auto                 # on a node, or --ray HOST:6379 --slots 4
 
-Ray schedules, carries and tries again. A node measures a run as one machine does, from a copy of
-the programs that comes with the task; here are the two ends of that wire. A run starts cold there:
-nothing stands by on a node whose next task is Ray's to choose.
+A slot is a task with a GPU (two CPUs at the scale `cpu`). Nodes prepare or verify their rows and
+test their cage first, and are left out if their device is another one; what a dying node ran is run
+elsewhere. Ray schedules, carries and tries again. A node measures a run as one machine does, from a
+copy of the programs that comes with the task; here are the two ends of that wire. A run starts cold
+there: nothing stands by on a node whose next task is Ray's to choose.
 """
 
 from __future__ import annotations

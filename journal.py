@@ -44,7 +44,7 @@ HEADER = ("commit", "val_bpb", "memory_gb", "status", "description", "run", "exp
 CHARS_PER_NODE = 4  # about, in Python
 PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
 SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
-ALIKE, ALIKE_MOST = 0.5, 0.9  # correlation of two programs on one seed: at first, at most
+SHARED, SHARED_MOST = 0.3, 0.8  # of the variance, by two programs on one seed: at first, at most
 SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
 DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
 DISK_POLL_SECONDS = 10.0
@@ -126,26 +126,26 @@ class Noise:
     """How far runs of the same code lie apart."""
 
     sigma: float  # their standard deviation
-    alike: float = 0.0  # correlation of two programs' runs on one seed
+    shared: float = 0.0  # of the variance, by two programs' runs on one seed
     freedom: float = math.inf  # degrees, of sigma
 
     def compare(self, old: Scores, new: Scores) -> tuple[float, float]:
         """(by how much `new` lies below `old`, the standard error of that).
 
-        Generalised least squares for the two means: runs on one seed have the correlation `alike`,
+        Generalised least squares for the two means: runs on one seed have the correlation `shared`,
         all others none. Pairs take away the luck that is common, and what one side has on more
         seeds than the other tells how much luck that was.
         """
         common = old.keys() & new.keys()
-        weight = 1 / (1 - self.alike**2)
+        weight = 1 / (1 - self.shared**2)
         a, b = ((weight - 1) * len(common) + len(scores) for scores in (old, new))
-        c = weight * self.alike * len(common)
+        c = weight * self.shared * len(common)
         x, y = (sum(scores[seed] for seed in common) for scores in (old, new))
-        u = (weight - 1) * x - weight * self.alike * y + sum(old.values())
-        v = (weight - 1) * y - weight * self.alike * x + sum(new.values())
+        u = (weight - 1) * x - weight * self.shared * y + sum(old.values())
+        v = (weight - 1) * y - weight * self.shared * x + sum(new.values())
         scale = a * b - c * c  # of a mean - c mean' = u, b mean' - c mean = v
         gain, variance = ((b - c) * u - (a - c) * v) / scale, (a + b - 2 * c) / scale
-        return gain, self.sigma * math.sqrt(variance)
+        return round(gain, 12), self.sigma * math.sqrt(variance)  # of equal scores nothing
 
 
 # ---------------------------------------------------------------------------
@@ -444,7 +444,7 @@ class Run:
 
     def seed(self, number: int) -> int:
         """Of every experiment's run of that number, so that they share their luck."""
-        text = f"{self.start} {self.settings()} {number}"
+        text = f"{self.tag} {self.start} {self.settings()} {number}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
     def next_seed(self, known: Container[int]) -> int:
@@ -476,7 +476,7 @@ class Run:
         return [e for e in self.history if e.number == number]
 
     def scores_of(self, number: int, what: str = "values") -> Scores:
-        """val_bpb of every undisturbed run of an experiment, repeated measurements included."""
+        """Of every undisturbed run of an experiment, repeated measurements included, by seed."""
         return undisturbed(self.of(number), what)
 
     def values_of(self, number: int) -> list[float]:
@@ -484,6 +484,11 @@ class Run:
 
     def mean_of(self, number: int) -> float:
         return statistics.fmean(self.values_of(number))
+
+    def gains_of(self, tried: list[Experiment]) -> list[float]:
+        """How far each lies below the baseline, without the luck of its seeds as far as shared."""
+        noise, first = self.noise(), self.scores_of(0)
+        return [noise.compare(first, undisturbed([e]))[0] for e in tried]
 
     def source_of(self, experiment: Experiment) -> str:
         return self.source_at(experiment.commit)
@@ -511,16 +516,16 @@ class Run:
                 freedom += len(values) - 1
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
         variance = squares / freedom
-        apart, pairs = PRIOR_RUNS * 2 * variance * (1 - ALIKE), PRIOR_RUNS
+        apart, pairs = PRIOR_RUNS * 2 * variance * (1 - SHARED), PRIOR_RUNS
         for e in self.experiments():
-            old, new = scores.get(e.base, {}), undisturbed([e]) if len(e.values) > 1 else {}
-            if common := old.keys() & new.keys():
-                changes = [old[seed] - new[seed] for seed in common]
-                mean = statistics.fmean(changes)
-                apart += sum(min(2 * most, (change - mean) ** 2) for change in changes)
-                pairs += len(common) - 1
-        alike = 1 - apart / pairs / (2 * variance)  # 0 is what is apart in all
-        return Noise(math.sqrt(variance), min(ALIKE_MOST, max(0.0, alike)), freedom)
+            old, new = scores.get(e.base, {}), scores[e.number]
+            changes = [old[seed] - new[seed] for seed in old.keys() & new.keys()]
+            if len(changes) > 1:
+                mean, most = statistics.fmean(changes), SIGMA_MOST**2 * apart / pairs
+                apart += sum(min(most, (change - mean) ** 2) for change in changes)
+                pairs += len(changes) - 1
+        shared = 1 - apart / pairs / (2 * variance)
+        return Noise(math.sqrt(variance), min(SHARED_MOST, max(0.0, shared)), freedom)
 
     def sigma(self) -> float:
         return self.noise().sigma
@@ -537,7 +542,7 @@ class Run:
 
 
 def undisturbed(experiments: list[Experiment], what: str = "values") -> Scores:
-    """Those of the runs of one program that were not slower than it can be; values or hidden."""
+    """Values, or hidden, of those runs of one program that were not slower than it can be."""
     slow = (1 - SLOWER) * max((s for e in experiments for s in e.speeds), default=0.0)
     runs = ((e.number, e.after, n, *run) for e in experiments
             for n, run in enumerate(itertools.zip_longest(getattr(e, what), e.speeds, e.seeds)))

@@ -386,10 +386,11 @@ def sampler_view(run: Run) -> list[str]:
     A knob's share is the correlation ratio: the variance of its values' mean scores over that of
     all scores.
     """
-    told = sorted(alike(run)[-SAMPLER_SEES:], key=Experiment.val_bpb)
-    if len(told) < SAMPLER_STARTUP:
+    found = alike(run)[-SAMPLER_SEES:]
+    if len(found) < SAMPLER_STARTUP:
         return []
-    scores = [e.val_bpb() for e in told]
+    ranked = sorted(zip(run.gains_of(found), found, strict=True), key=lambda pair: -pair[0])
+    scores, told = zip(*ranked, strict=True)
     whole, shares = spread(scores), {}
     for name in run.best().knobs:
         groups: dict[float, list[float]] = {}
@@ -422,10 +423,11 @@ def sampler(run: Run) -> Proposal | None:
     if not space:
         raise SetupError("train.py has no numeric constants at the top", "head -60 train.py")
     tried = []  # a crash has no score, and none is made up for it
-    for e in alike(run):
+    found = alike(run)
+    for e, gain in zip(found, run.gains_of(found), strict=True):
         steps = {n: start[n].step_of(e.knobs[n]) for n in space if n in e.knobs}
         told = {"params": steps, "distributions": {n: steps_of for n in steps}}
-        tried.append(optuna.trial.create_trial(**told, value=e.val_bpb()))
+        tried.append(optuna.trial.create_trial(**told, value=-gain))
     for attempt in range(100):
         known = len(run.history) + len(run.running)
         choose = random.Random(f"{run.tag} {known} {attempt}")

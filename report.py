@@ -279,8 +279,8 @@ def verdict(run: Run, noise: Noise) -> list[str]:
                     if e.status == "keep" and e.gain is not None)  # fmt: skip
         words.append(f"Of {count['keep']} keeps about {false:.1f} may have gained nothing.")
     words.append(f"Two runs of the same code differ by {noise.sigma:.6f} (sigma, "
-                 f"{noise.freedom:.0f} degrees of freedom); on one seed {noise.alike:.2f} of the "
-                 "variance is common to two versions of it.")
+                 f"{noise.freedom:.0f} degrees of freedom); on one seed {noise.shared:.2f} of the "
+                 "variance is shared by two versions of it.")
     return words
 
 
@@ -297,15 +297,14 @@ def kept_commit(run: Run, done: Experiment, noise: Noise) -> dict[str, Any]:
     diff = list(difflib.unified_diff(old, new, "before", "after", lineterm="", n=2))
     added = sum(line.startswith("+") for line in diff[2:])
     half = student(noise.freedom) * keep_error(run, done, noise)
-    hidden = [[v for v in e.hidden if v is not None] for e in (base, done)]
+    hidden = [run.scores_of(done.base, "hidden"), undisturbed([done], "hidden")]
     by_tokens = tokens_gain(done, base, run.scale["name"])
     facts = {"commit": done.commit[:7], "number": done.number, "description": done.description,
              "hypothesis": done.hypothesis, "runs": len(done.values), "diff": diff[:DIFF_LINES],
              "lines": f"+{added} −{sum(line.startswith('-') for line in diff[2:])} lines",
              "gain": "adopted" if done.gain is None else f"{done.gain:.6f} ± {half:.6f}"}
     if all(hidden):
-        change = statistics.fmean(hidden[0]) - statistics.fmean(hidden[1])
-        facts["hidden"] = f"{change:.6f} on the hidden split"
+        facts["hidden"] = f"{noise.compare(*hidden)[0]:.6f} on the hidden split"
     if by_tokens is not None and done.gain is not None:
         facts["speed"] = f"{by_tokens:.6f} by tokens trained, {done.gain - by_tokens:.6f} per step"
     return facts
@@ -332,8 +331,8 @@ def tell_time(run: Run, report: Report) -> None:
     spent = sum(e.cost_usd for e in run.history)
     tokens = sum(e.tokens_in + e.tokens_out for e in run.history)
     kept = sum(e.status == "keep" for e in run.experiments())
-    edges = sorted([(e.began, 1) for e in timed] + [(e.ended, -1) for e in timed])
-    slots = max(itertools.accumulate(step for _, step in edges))  # that were at work at a time
+    at_work = busy / max(1.0, end - begin - down)  # an idea may wait between its runs
+    slots = max(1, math.ceil(at_work - 0.05))
     share = 100 * training / max(1.0, slots * (end - begin))
     where = f" on {slots} slots" if slots > 1 else ""
     report.words.append(f"{(end - begin) / 3600:.1f} hours{where}, {share:.0f} % of them training.")

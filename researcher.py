@@ -1,7 +1,14 @@
 """The language model that proposes, by the Anthropic API; and who proposes at all.
 
 One stateless call per experiment, with the digest of all that was tried, and a few turns to mend
-what cannot be applied.
+what cannot be applied. Any server of the Messages API will do; one that refuses strict tools or
+cache marks is asked without. With LiteLLM's proxy, in an environment of its own:
+
+    pip install 'litellm[proxy]'
+    echo 'model_list: [{model_name: mine, litellm_params: {model: ollama/qwen3}}]' > litellm.yaml
+    export ANTHROPIC_API_KEY=sk-$(openssl rand -hex 32) ANTHROPIC_BASE_URL=http://127.0.0.1:4000
+    LITELLM_MASTER_KEY=$ANTHROPIC_API_KEY litellm --config litellm.yaml --port 4000 &
+    python agent.py --model mine
 """
 
 from __future__ import annotations

@@ -87,7 +87,6 @@ class Task:
     commit: str = ""  # that holds the source, where it is no idea
     slot: Slot = field(default_factory=Slot)
     seed: int = 0  # of the run
-    asked: bool = False  # for a run of the base on the next one's seed
     count: int = 0  # of the baseline's runs, this one
     result: dict[str, Any] = field(default_factory=dict)  # of it
 

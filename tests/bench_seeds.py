@@ -6,12 +6,14 @@
 Each version trains once on each seed, by hand. For each edit: its gain, the standard deviation of
 the differences on equal seeds, that on different seeds, their ratio. A ratio of 1 says that equal
 seeds are worth nothing; one of 0.7 that they are worth twice the runs. "nothing" is train.py again:
-what is left of its spread on equal seeds is time, that gives one run more steps than another.
+what is left of its spread on equal seeds is time, that gives one run more steps than another. With
+AUTORESEARCH_BUDGET_TOKENS, a budget of tokens, there is no such time.
 """
 
 import argparse
 import itertools
 import os
+import random
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,7 +57,8 @@ def main() -> None:
         return bench_upstream.run(versions[name], scale, seed, rival=False)["val_bpb"]
 
     tasks = list(itertools.product(range(1, args.seeds + 1), versions))
-    print(f"scale {scale.name}, {scale.budget:g} s, {args.seeds} seeds, {args.at_once} at once")
+    random.Random(1).shuffle(tasks)  # or a seed's runs would share the machine's mood too
+    print(f"scale {scale.name}, {scale.budget:g} {scale.clock}, {args.seeds} seeds, {args.at_once} at once")
     with ThreadPoolExecutor(args.at_once) as pool:
         scores = dict(zip(tasks, pool.map(score, tasks), strict=True))
     by_name = {name: [s for (_, n), s in scores.items() if n == name] for name in versions}

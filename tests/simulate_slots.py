@@ -1,6 +1,6 @@
 """A night on 1 to 512 slots in virtual time: the real loop, with no training, git or API behind it.
 
-python tests/simulate_slots.py                                  # the table of the README
+python tests/simulate_slots.py                                  # the table of tests/measured.md
 python tests/simulate_slots.py --slots 64 --reply 0 --nights 1  # without end of proposals
 python tests/simulate_slots.py --measure-git                    # what the main thread's calls take
 python tests/simulate_slots.py --from a.json --like b.json      # predict b by what a run of a took
@@ -42,7 +42,7 @@ import journal  # noqa: E402
 import proposals  # noqa: E402
 from proposals import Edit, Proposal  # noqa: E402
 
-# Seconds of a call in the main thread, by --measure-git: medians on the README's 2 cores.
+# Seconds of a call in the main thread, by --measure-git: medians on 2 cores of measured.md.
 CALLS = {"git": 0.0019, "sync_git": 0.0003, "fsync": 0.0003, "complete": 0.015}
 EARLY = 13  # ideas that gain more, and more often
 UNTOUCHED = 10**9  # values of the places in the beginning, from here on; an idea's is its number

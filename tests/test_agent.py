@@ -73,7 +73,7 @@ def test_gain_too_good_to_be_true_is_set_aside():
 
 
 def test_runs_on_equal_seeds_are_compared_in_pairs():
-    best, noise = {1: 1.0, 2: 1.02, 3: 0.98}, Noise(SIGMA, alike=0.8)
+    best, noise = {1: 1.0, 2: 1.02, 3: 0.98}, Noise(SIGMA, shared=0.8)
     own = {seed: value - errors(1, 1) for seed, value in best.items()}  # 2 / sqrt(3) sigma less
     assert judge(own, best, noise, 0.05, 1.0, False)[0] == "keep"
     apart = {-seed: value for seed, value in own.items()}
@@ -84,18 +84,19 @@ def test_runs_on_equal_seeds_are_compared_in_pairs():
 
 
 @pytest.mark.parametrize("seeds", ["1 123", "1 2", "12 123", "123 12", "123 1234"])
-@pytest.mark.parametrize("alike", [0.0, 0.6])
-def test_the_comparison_is_generalised_least_squares(seeds, alike):
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_the_comparison_is_generalised_least_squares(seeds, shared):
     """Against the textbook's formula on the covariances of all runs."""
     draw = random.Random(1)
     old, new = ({int(seed): draw.gauss(1, SIGMA) for seed in each} for each in seeds.split())
     runs = [(side, seed) for side, each in enumerate((old, new)) for seed in each]
-    covariance = np.array([[1.0 if a == b else alike * (a[1] == b[1]) for b in runs] for a in runs])
+    covariance = np.array([[shared * (a[1] == b[1]) for b in runs] for a in runs])
+    np.fill_diagonal(covariance, 1)
     design = np.array([[side == 0, side == 1] for side, _ in runs], dtype=float)
     weights = design.T @ np.linalg.inv(covariance)
     means = np.linalg.inv(weights @ design)
     first, second = means @ weights @ [(old, new)[side][seed] for side, seed in runs]
-    gain, error = Noise(SIGMA, alike).compare(old, new)
+    gain, error = Noise(SIGMA, shared).compare(old, new)
     assert gain == pytest.approx(first - second)
     assert error == pytest.approx(SIGMA * math.sqrt(np.array([1, -1]) @ means @ [1, -1]))
 
@@ -109,9 +110,9 @@ def test_how_much_luck_is_common_is_learnt_from_repeated_runs():
             own = [x + draw.gauss(0, SIGMA * math.sqrt(1 - common)) for x in luck]
             tried = journal.Experiment(number, "", values=own, seeds=list(range(8)))
             run.history.append(tried)
-        assert run.noise().alike == pytest.approx(common, abs=0.1)
+        assert run.noise().shared == pytest.approx(common, abs=0.1)
     run.history = run.history[:1]
-    assert run.noise().alike == journal.ALIKE
+    assert run.noise().shared == pytest.approx(journal.SHARED)
 
 
 def judged(*statuses):

@@ -960,6 +960,6 @@ def test_the_gain_on_hidden_is_that_of_the_means_over_the_best():
                    agent.Experiment(1, "", status="discard", hidden=[5.0]),
                    agent.Experiment(0, "", status="measure", after=1, hidden=[1.4])]  # fmt: skip
     task = agent.Task("idea", agent.Experiment(2, "", hidden=[0.9, 1.1]), "", run.history[0])
-    assert agent.hidden_gain(run, task) == pytest.approx(0.2)
+    assert agent.hidden_gain(run, task, run.noise()) == pytest.approx(0.2)
     task.done.hidden = []
-    assert agent.hidden_gain(run, task) is None
+    assert agent.hidden_gain(run, task, run.noise()) is None

@@ -100,7 +100,8 @@ def test_the_share_of_time_in_training_is_of_all_slots():
     run, minute = Run("t", {"sigma": 0.01}, ""), 60.0
     for number, began in enumerate((0, 40, 40, 80)):
         spans = dict(began=1e9 + began * minute, ended=1e9 + (began + 40) * minute)
-        run.history.append(Experiment(number, "", training_seconds=20 * minute, **spans))
+        spans |= dict(seconds=40 * minute, training_seconds=20 * minute)
+        run.history.append(Experiment(number, "", **spans))
     run.history.append(Experiment(4, "does not fit on the new best", ended=1e9))  # was never run
     words = report.Report("t", [])
     report.tell_time(run, words)
