@@ -58,7 +58,8 @@ def main() -> None:
 
     tasks = list(itertools.product(range(1, args.seeds + 1), versions))
     random.Random(1).shuffle(tasks)  # or a seed's runs would share the machine's mood too
-    print(f"scale {scale.name}, {scale.budget:g} {scale.clock}, {args.seeds} seeds, {args.at_once} at once")
+    budget = f"{scale.budget:g} {scale.clock}"
+    print(f"scale {scale.name}, {budget}, {args.seeds} seeds, {args.at_once} at once")
     with ThreadPoolExecutor(args.at_once) as pool:
         scores = dict(zip(tasks, pool.map(score, tasks), strict=True))
     by_name = {name: [s for (_, n), s in scores.items() if n == name] for name in versions}

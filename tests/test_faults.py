@@ -26,6 +26,7 @@ import time
 import pytest
 from conftest import PROGRAM, TOY, TRUSTED, Checkout, Fault, late, proposal, sh
 
+import agent
 import journal
 
 KILLS = int(os.environ.get("KILLS", 5))  # from 20, before each point and after it
@@ -962,6 +963,21 @@ def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
     row = quick.rows()[-1]
     assert "disturbed: 50 % fewer tokens/s" in done.stderr and row["runs"] == "4"
     assert (quick.folder / "runs/t/1/result-3.json").exists()
+
+
+def test_a_best_that_cannot_be_measured_again_is_asked_once(quick):
+    """Its runs but the first have half the tokens per second; an idea wants four on equal seeds."""
+    slow = STAND_IN.replace("STEP", "0.0").replace('path = f"', (
+        'result["total_tokens_M"] = 0.5 if args.folder.endswith("/0") and args.run != "1" else 1.0'
+        '\npath = f"'))  # fmt: skip
+    (quick.folder / "referee.py").write_text(slow)
+    quick.exchange("journal.py", "\nSLOWER = .*", "\nSLOWER = 0.10")
+    quick.commit_all()
+    done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.5001, 0.50011))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\nthe best again: baseline") == 1 + agent.REPEATS
+    told = [(row["experiment"], row["status"], row["runs"]) for row in quick.rows()[1:]]
+    assert told == [("0", "measure", "0"), ("1", "discard", "4"), ("2", "discard", "4")]
 
 
 SMI = """\

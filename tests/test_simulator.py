@@ -65,6 +65,20 @@ def test_each_keep_was_measured_on_what_it_sits_on():
     assert night.git.refs["refs/heads/autoresearch/t"] == kept[-1].commit
 
 
+def test_an_idea_runs_again_on_a_seed_that_its_base_has_run_on():
+    night, paired = Simulation(KNOWN, 4, hours=4), []
+    inner = night.train_once
+
+    def train_once(run, task, *rest):
+        if task.kind == "idea" and task.done.runs and night.clock.now < night.until:
+            paired.append(task.seed in run.scores_of(task.base.number))
+        return inner(run, task, *rest)
+
+    night.train_once = train_once
+    night.spend()
+    assert len(paired) > 20 and all(paired)
+
+
 def test_no_slot_is_idle_while_an_idea_waits():
     night = Simulation(KNOWN, 8, hours=2)
     inner, seen = night.clock.wait, []
