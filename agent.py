@@ -550,10 +550,7 @@ class Night:
 
     def fill_slots(self) -> bool:
         """Give work to free slots and to the proposer; False when all is done."""
-        while self.free and not isinstance(self.end, SetupError):
-            task = self.next_task()
-            if task is None:
-                break
+        while self.free and (task := self.next_task()):
             task.slot = self.free.pop(0)
             self.tasks[in_thread(carry_out, self.run, task)] = task
         if self.thinking is None and not self.end and not self.limit() and self.may_think():
@@ -578,10 +575,10 @@ class Night:
         under_way = {task.kind for task in self.tasks.values()}
         if "commit" in under_way:  # it will be the best, whatever it scores
             return None
-        over = self.limit()
+        over = bool(self.limit()) or isinstance(self.end, SetupError)
         if not over and (tip := commit_on_branch(run)):
             return self.adopt(tip)
-        if (task := self.next_again(under_way, bool(over))) or over:
+        if (task := self.next_again(under_way, over)) or over:
             return task
         plateau = run.since_keep() >= MEASURE_AFTER
         plateau = plateau and len(run.values_of(run.best().number)) < BEST_RUNS
@@ -599,7 +596,8 @@ class Night:
         """An idea's next run, on a seed that the best has run on too; if need be the best first."""
         run, best = self.run, self.run.best()
         known = run.scores_of(best.number)
-        vain = any(e.status == "measure" and not e.values for e in run.of(best.number))
+        again = [e for e in run.of(best.number) if e.status == "measure"]
+        vain = bool(again) and not again[-1].values  # it fails, or the machine is not as it was
         for task in list(self.again):
             seed = run.next_seed(task.done.seeds)
             if task.base.commit != best.commit:  # from the start, on top of that
@@ -694,7 +692,11 @@ class Night:
         future.result()
         done = task.done
         if task.kind == "idea" and not done.status:
-            decide(run, task)
+            following = result_path(run, done.number, 1 + runs_of(run, done.number, done))
+            if following.exists():  # from before a kill
+                done.status = "again"
+            else:
+                decide(run, task)
         if task.kind == "baseline":
             self.settle_baseline(task)
         elif task.kind == "commit" and commit_on_branch(run) != task.commit:

@@ -62,14 +62,18 @@ def main() -> None:
     print(f"scale {scale.name}, {budget}, {args.seeds} seeds, {args.at_once} at once")
     with ThreadPoolExecutor(args.at_once) as pool:
         scores = dict(zip(tasks, pool.map(score, tasks), strict=True))
-    by_name = {name: [s for (_, n), s in scores.items() if n == name] for name in versions}
+    seeds = range(1, args.seeds + 1)
+    by_name = {name: [scores[seed, name] for seed in seeds] for name in versions}
     base = by_name.pop("train.py")
-    print(f"train.py: {statistics.mean(base):.6f}, sigma {statistics.stdev(base):.6f}")
+    print(f"train.py: {statistics.mean(base):.6f}, sigma {statistics.stdev(base):.6f}, "
+          + " ".join(f"{value:.6f}" for value in base))  # fmt: skip
     print(f"{'edit':24} {'difference':>10} {'equal seeds':>12} {'different':>10} {'ratio':>6}")
     for name, values in by_name.items():
         equal, different = spread(base, values)
         gain = statistics.mean(values) - statistics.mean(base)
-        print(f"{name:24} {gain:+10.6f} {equal:12.6f} {different:10.6f} {equal / different:6.2f}")
+        each = " ".join(f"{b - a:+.6f}" for a, b in zip(base, values, strict=True))
+        ratio = f"{equal / different:6.2f}  {each}"
+        print(f"{name:24} {gain:+10.6f} {equal:12.6f} {different:10.6f} {ratio}")
 
 
 if __name__ == "__main__":

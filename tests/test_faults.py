@@ -980,6 +980,30 @@ def test_a_best_that_cannot_be_measured_again_is_asked_once(quick):
     assert told == [("0", "measure", "0"), ("1", "discard", "4"), ("2", "discard", "4")]
 
 
+def test_an_idea_is_judged_the_same_from_the_runs_that_a_kill_has_left(quick):
+    """Its first run alone would lose against the second one of the best, which came after it."""
+    scores = {"0": (1.0, 0.95), "1": (0.999, 0.85)}
+    luck = f'result["val_bpb"] = {scores}[args.folder.rpartition("/")[2]][int(args.run) - 1]\n'
+    source = STAND_IN.replace("STEP", "0.0").replace('path = f"', luck + 'path = f"')
+    (quick.folder / "referee.py").write_text(source)
+    quick.commit_all()
+    command = ["--tag", "t", "--patches", *sharpness(quick, 0.6)]
+    assert quick.agent(*command).returncode == 0
+    rows = quick.rows()
+    assert [(row["status"], row["runs"]) for row in rows[2:]] == [("keep", "2")]
+    for ref in ("refs/autoresearch/t/1", "refs/heads/autoresearch/t"):  # as if it was not recorded
+        quick.git("update-ref", "-d", ref)
+    path = quick.folder / "runs/t/1/proposal.json"
+    stored = json.loads(path.read_text())
+    del stored["commit"]
+    path.write_text(json.dumps(stored))
+    (quick.folder / "results.tsv").unlink()
+    done = quick.agent(*command)
+    assert "going on with experiment 1" in done.stderr, done.stderr
+    names = ("status", "val_bpb", "experiment", "runs")
+    assert [[r[n] for n in names] for r in quick.rows()] == [[r[n] for n in names] for r in rows]
+
+
 SMI = """\
 #!/bin/sh
 case "$*" in
