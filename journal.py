@@ -44,7 +44,7 @@ HEADER = ("commit", "val_bpb", "memory_gb", "status", "description", "run", "exp
 CHARS_PER_NODE = 4  # about, in Python
 PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
 SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
-SHARED, SHARED_MOST = 0.3, 0.8  # of the variance, by two programs on one seed: at first, at most
+SHARED, SHARED_MOST = 0.3, 0.95  # of the variance, by two programs on one seed: at first, at most
 SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
 DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
 DISK_POLL_SECONDS = 10.0
@@ -128,6 +128,12 @@ class Noise:
     sigma: float  # their standard deviation
     shared: float = 0.0  # of the variance, by two programs' runs on one seed
     freedom: float = math.inf  # degrees, of sigma
+    resized: float = 0.0  # shared by two of different size, whose weights start from other draws
+
+    def between(self, old: Experiment, new: Experiment) -> Noise:
+        """What is to be taken for comparing these."""
+        same = old.params_M == new.params_M
+        return self if same else replace(self, shared=self.resized)
 
     def compare(self, old: Scores, new: Scores) -> tuple[float, float]:
         """(by how much `new` lies below `old`, the standard error of that).
@@ -487,8 +493,8 @@ class Run:
 
     def gains_of(self, tried: list[Experiment]) -> list[float]:
         """How far each lies below the baseline, without the luck of its seeds as far as shared."""
-        noise, first = self.noise(), self.scores_of(0)
-        return [noise.compare(first, undisturbed([e]))[0] for e in tried]
+        noise, first, scores = self.noise(), self.history[0], self.scores_of(0)
+        return [noise.between(first, e).compare(scores, undisturbed([e]))[0] for e in tried]
 
     def source_of(self, experiment: Experiment) -> str:
         return self.source_at(experiment.commit)
@@ -515,17 +521,20 @@ class Run:
                 squares += sum(min(most, (value - mean) ** 2) for value in values)
                 freedom += len(values) - 1
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
-        variance = squares / freedom
-        apart, pairs = PRIOR_RUNS * 2 * variance * (1 - SHARED), PRIOR_RUNS
+        variance, size = squares / freedom, {e.number: e.params_M for e in self.tried()}
+        prior, pairs = PRIOR_RUNS * 2 * variance, {True: PRIOR_RUNS, False: PRIOR_RUNS}
+        apart = {True: prior * (1 - SHARED), False: prior}
         for e in self.experiments():
             old, new = scores.get(e.base, {}), scores[e.number]
             changes = [old[seed] - new[seed] for seed in old.keys() & new.keys()]
             if len(changes) > 1:
-                mean, most = statistics.fmean(changes), SIGMA_MOST**2 * apart / pairs
-                apart += sum(min(most, (change - mean) ** 2) for change in changes)
-                pairs += len(changes) - 1
-        shared = 1 - apart / pairs / (2 * variance)
-        return Noise(math.sqrt(variance), min(SHARED_MOST, max(0.0, shared)), freedom)
+                same, mean = size.get(e.base) == e.params_M, statistics.fmean(changes)
+                most = SIGMA_MOST**2 * apart[same] / pairs[same]
+                apart[same] += sum(min(most, (change - mean) ** 2) for change in changes)
+                pairs[same] += len(changes) - 1
+        shared = {same: min(SHARED_MOST, max(0.0, 1 - apart[same] / pairs[same] / (2 * variance)))
+                  for same in pairs}
+        return Noise(math.sqrt(variance), shared[True], freedom, shared[False])
 
     def sigma(self) -> float:
         return self.noise().sigma

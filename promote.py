@@ -216,6 +216,7 @@ def effect(worse: Stack, better: Stack, noise: Noise) -> Effect:
     for stack in (worse, better):
         if stack.done.status == "crash" or not stack.done.values:
             return Effect(reason=f"{stack.name} fails: {stack.done.reason}")
+    noise = noise.between(worse.done, better.done)
     gain, error = noise.compare(undisturbed([worse.done]), undisturbed([better.done]))
     return Effect(gain, student(noise.freedom, ONE_SIDED) * error)
 

@@ -223,7 +223,7 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], bool]:
     base, best = run.scores_of(0), run.best()
     fresh = undisturbed([e for e in run.of(best.number) if e.status == "measure"])
     scores = fresh or run.scores_of(best.number)
-    gain, error = noise.compare(base, scores)
+    gain, error = noise.between(run.history[0], best).compare(base, scores)
     luck = 0.0 if fresh else luck_of(run, best, noise)  # on average: it may as well be twice that
     half = student(noise.freedom) * math.hypot(error, luck)
     return gain - luck, half, list(scores.values()), bool(fresh)
@@ -287,7 +287,7 @@ def verdict(run: Run, noise: Noise) -> list[str]:
 def keep_error(run: Run, done: Experiment, noise: Noise) -> float:
     """Standard error of a gain, by the runs of both sides as they were then."""
     then = [e for e in run.of(done.base) if e.order < done.order] or run.of(done.base)
-    return noise.compare(undisturbed(then), undisturbed([done]))[1]
+    return noise.between(then[0], done).compare(undisturbed(then), undisturbed([done]))[1]
 
 
 def kept_commit(run: Run, done: Experiment, noise: Noise) -> dict[str, Any]:
@@ -304,7 +304,8 @@ def kept_commit(run: Run, done: Experiment, noise: Noise) -> dict[str, Any]:
              "lines": f"+{added} −{sum(line.startswith('-') for line in diff[2:])} lines",
              "gain": "adopted" if done.gain is None else f"{done.gain:.6f} ± {half:.6f}"}
     if all(hidden):
-        facts["hidden"] = f"{noise.compare(*hidden)[0]:.6f} on the hidden split"
+        gain, _ = noise.between(base, done).compare(*hidden)
+        facts["hidden"] = f"{gain:.6f} on the hidden split"
     if by_tokens is not None and done.gain is not None:
         facts["speed"] = f"{by_tokens:.6f} by tokens trained, {done.gain - by_tokens:.6f} per step"
     return facts

@@ -105,13 +105,14 @@ class Night:
             if self.rule.equal and not scores.keys() <= best.keys():
                 self.measure_best()
                 best = self.best()
-            done.status, done.reason = self.rule.judge(scores, best, self.noise, risk)
+            noise = self.noise.between(self.run.best(), done)
+            done.status, done.reason = self.rule.judge(scores, best, noise, risk)
         if done.status == "keep":
             self.keeps, self.false = self.keeps + 1, self.false + (gain <= 0)
             self.truth -= gain
         elif done.status == "again":  # the night is over
             done.status = "discard"
-        done.gain, _ = self.noise.compare(best, scores)
+        done.gain, _ = noise.compare(best, scores)
         self.note(done)
 
     def covered(self) -> bool:
@@ -204,6 +205,7 @@ class Greedy:
 RULES = {"greedy: keep any drop": (Greedy, COMMON), "4 sigma, or two runs": (Before, COMMON),
          "repeats by expected value": (ByValue(), COMMON),
          "this rule on different seeds": (Apart, COMMON), "this rule": (Ours, COMMON),
+         "this rule, 0.99 in common": (Ours, 0.99),
          "this rule, nothing in common": (Ours, 0.0)}  # fmt: skip
 
 

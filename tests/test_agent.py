@@ -111,6 +111,12 @@ def test_how_much_luck_is_common_is_learnt_from_repeated_runs():
             tried = journal.Experiment(number, "", values=own, seeds=list(range(8)))
             run.history.append(tried)
         assert run.noise().shared == pytest.approx(common, abs=0.1)
+        assert run.noise().resized == pytest.approx(journal.SHARED)  # none was of another size
+        for e in run.history[1:]:
+            e.params_M = 2.0
+        resized = run.noise().between(*run.history[:2])
+        assert resized.shared == pytest.approx(common, abs=0.1)
+        assert run.noise().shared == pytest.approx(journal.SHARED)
     run.history = run.history[:1]
     assert run.noise().shared == pytest.approx(journal.SHARED)
 
