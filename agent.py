@@ -184,7 +184,7 @@ def run_idea(run: Run, task: Task) -> None:
 
 def decide(run: Run, task: Task) -> None:
     """What the keep rule says of the runs that an idea has."""
-    done, noise = task.done, run.noise().between(task.base, task.done)
+    done, noise = task.done, run.noise(task.done).between(task.base, task.done)
     scores, best = undisturbed([done]), run.scores_of(task.base.number)
     lowest = min(e.val_bpb() for e in run.history if e.believed())
     simpler = node_count(task.source) < node_count(run.source_of(task.base))

@@ -43,8 +43,9 @@ HEADER = ("commit", "val_bpb", "memory_gb", "status", "description", "run", "exp
 
 CHARS_PER_NODE = 4  # about, in Python
 PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
+PRIOR_PAIRS = 3  # the same, of what two programs share on one seed
 SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
-SHARED, SHARED_MOST = 0.3, 0.95  # of the variance, by two programs on one seed: at first, at most
+SHARED, SHARED_MOST = 0.3, 0.99  # of the variance, by two programs on one seed: at first, at most
 SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
 DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
 DISK_POLL_SECONDS = 10.0
@@ -504,8 +505,8 @@ class Run:
             self.sources[commit] = read_train(commit)
         return self.sources[commit]
 
-    def noise(self) -> Noise:
-        """The scale's prior, updated by every repeated run.
+    def noise(self, *more: Experiment) -> Noise:
+        """The scale's prior, updated by every repeated run, those that are not recorded included.
 
         A run counts no more than SIGMA_MOST times what prior and baseline, a person's code, say:
         one program that diverges on its second seed must not make noise of all gains to come.
@@ -522,10 +523,10 @@ class Run:
                 freedom += len(values) - 1
             most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
         variance, size = squares / freedom, {e.number: e.params_M for e in self.tried()}
-        prior, pairs = PRIOR_RUNS * 2 * variance, {True: PRIOR_RUNS, False: PRIOR_RUNS}
+        prior, pairs = PRIOR_PAIRS * 2 * variance, {True: PRIOR_PAIRS, False: PRIOR_PAIRS}
         apart = {True: prior * (1 - SHARED), False: prior}
-        for e in self.experiments():
-            old, new = scores.get(e.base, {}), scores[e.number]
+        for e in [*self.experiments(), *more]:
+            old, new = scores.get(e.base, {}), scores.get(e.number) or undisturbed([e])
             changes = [old[seed] - new[seed] for seed in old.keys() & new.keys()]
             if len(changes) > 1:
                 same, mean = size.get(e.base) == e.params_M, statistics.fmean(changes)
