@@ -52,6 +52,7 @@ class Night:
         self, rule, sigma: float, seed: int, common: float = COMMON, effects=effect, runs=RUNS,
         ideas=math.inf,
     ):  # fmt: skip
+        self.ideas = random.Random(f"ideas {seed}")  # the same ones for every rule
         self.choose, self.sigma, self.left = random.Random(seed), sigma, runs
         self.rule, self.common, self.luck, self.seeds = rule, common, {}, itertools.count()
         self.run = Run("t", {"sigma": PRIOR}, "")
@@ -66,7 +67,7 @@ class Night:
                     self.measure_best()
                     continue
             self.tried += 1
-            self.try_out(effects(self.choose, self.tried))
+            self.try_out(effects(self.ideas, self.tried))
         self.gain = START - self.truth
         self.claimed, _ = self.noise.compare(self.run.scores_of(0), self.best())
 
