@@ -3,8 +3,9 @@
 python tests/simulate.py                  # the table of the README, 2,000 nights a row
 python tests/simulate.py --nights 200     # sooner
 
-The real `judge`, `level` and `Run.sigma`; effects and noise are EVIDENCE.md's, section 2, in 1e-3
-bits per byte. Sigma is not known to the rule: it starts from a prior of 0.3, as the agent's does.
+The real `judge`, `level` and `Run.noise`; effects and noise are EVIDENCE.md's, section 2, in 1e-3
+bits per byte. Neither sigma nor what of its square is common on one seed is known to the rule: they
+start from priors of 0.3, as the agent's do. Every rule is shown the same ideas.
 """
 
 import argparse
