@@ -680,6 +680,7 @@ class Night:
         paths = run.folder(0).parent.glob("[1-9]*/proposal.json")
         numbers = [int(p.parent.name) for p in paths if read_json(p).get("adopted") == tip]
         done = Experiment((numbers or [run.next_number()])[0], subject, "", "person", status="keep")
+        done.base = run.best().number
         patiently(lay_out, run, done.number, {"description": subject, "adopted": tip})
         proposal = Proposal(subject, "", [], "person", number=done.number)
         run.running.append(proposal)

@@ -486,6 +486,13 @@ class Run:
         """Of every undisturbed run of an experiment, repeated measurements included, by seed."""
         return undisturbed(self.of(number), what)
 
+    def all_scores(self) -> dict[int, Scores]:
+        """scores_of every number, the baseline's first."""
+        by_number: dict[int, list[Experiment]] = {0: []}
+        for e in self.history:
+            by_number.setdefault(e.number, []).append(e)
+        return {number: undisturbed(of) for number, of in by_number.items()}
+
     def values_of(self, number: int) -> list[float]:
         return list(self.scores_of(number).values())
 
@@ -494,8 +501,8 @@ class Run:
 
     def gains_of(self, tried: list[Experiment]) -> list[float]:
         """How far each lies below the baseline, without the luck of its seeds as far as shared."""
-        noise, first, scores = self.noise(), self.history[0], self.scores_of(0)
-        return [noise.between(first, e).compare(scores, undisturbed([e]))[0] for e in tried]
+        noise, first, scores = self.noise(), self.history[0], self.all_scores()
+        return [noise.between(first, e).compare(scores[0], scores[e.number])[0] for e in tried]
 
     def source_of(self, experiment: Experiment) -> str:
         return self.source_at(experiment.commit)
@@ -506,16 +513,13 @@ class Run:
         return self.sources[commit]
 
     def noise(self, *more: Experiment) -> Noise:
-        """The scale's prior, updated by every repeated run, those that are not recorded included.
+        """The scale's prior, updated by every repeated run; `more` tell of what is shared only.
 
         A run counts no more than SIGMA_MOST times what prior and baseline, a person's code, say:
         one program that diverges on its second seed must not make noise of all gains to come.
         """
         squares, freedom = PRIOR_RUNS * self.scale["sigma"] ** 2, PRIOR_RUNS
-        by_number: dict[int, list[Experiment]] = {0: []}
-        for e in self.history:
-            by_number.setdefault(e.number, []).append(e)
-        scores, most = {number: undisturbed(of) for number, of in by_number.items()}, math.inf
+        scores, most = self.all_scores(), math.inf
         for values in (of.values() for of in scores.values()):
             if len(values) > 1:
                 mean = statistics.fmean(values)

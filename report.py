@@ -334,7 +334,7 @@ def tell_time(run: Run, report: Report) -> None:
     kept = sum(e.status == "keep" for e in run.experiments())
     at_work = busy / max(1.0, end - begin - down)  # an idea may wait between its runs
     slots = max(1, math.ceil(at_work - 0.05))
-    share = 100 * training / max(1.0, slots * (end - begin))
+    share = min(100, 100 * training / max(1.0, slots * (end - begin)))
     where = f" on {slots} slots" if slots > 1 else ""
     report.words.append(f"{(end - begin) / 3600:.1f} hours{where}, {share:.0f} % of them training.")
     if tokens:

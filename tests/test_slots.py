@@ -89,6 +89,11 @@ def test_what_is_running_is_finished_before_a_refused_key_ends_the_night(slow, a
     assert [row["description"] for row in slow.rows()] == ["baseline", "to 0.6"]
 
 
+def numbers_tried(rows):
+    """Without measurements of the best, on a seed that an idea wants."""
+    return sorted(int(row["experiment"]) for row in rows if row["status"] != "measure")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_slots_end_in_one_history_in_which_no_keep_was_measured_on_another_base(slow, slots):
@@ -96,7 +101,7 @@ def test_slots_end_in_one_history_in_which_no_keep_was_measured_on_another_base(
     done = slow.agent("--tag", "t", "--slots", slots, "--patches", *patches)
     assert done.returncode == 0, done.stderr
     rows = slow.rows()
-    assert sorted(int(row["experiment"]) for row in rows) == list(range(len(ALL) + 1))
+    assert numbers_tried(rows) == list(range(len(ALL) + 1))
     best = min(float(row["val_bpb"]) for row in rows)
     assert f"→ {best:.6f}" in done.stderr
     assert_each_keep_sits_on_what_it_was_measured_against(slow)
@@ -116,7 +121,7 @@ def test_two_slots_that_are_killed_lose_nothing_and_double_nothing(slow):
         started.wait()
     done = slow.agent(*command[2:])
     assert done.returncode == 0, done.stderr
-    assert sorted(int(row["experiment"]) for row in slow.rows()) == list(range(len(ALL) + 1))
+    assert numbers_tried(slow.rows()) == list(range(len(ALL) + 1))
     assert_each_keep_sits_on_what_it_was_measured_against(slow)
 
 
