@@ -406,7 +406,8 @@ def test_runs_that_are_cleared_and_a_patch_that_goes_in_mid_run_end_no_night(qui
     shutil.rmtree(quick.folder / "runs/t")
     said = started.communicate()[1]
     assert started.returncode == 0 and "cannot be read" in said, said
-    assert [row["description"] for row in quick.rows()] == ["baseline", "0.6.py", "0.7.py"]
+    tried = [row["description"] for row in quick.rows() if row["status"] != "measure"]
+    assert tried == ["baseline", "0.6.py", "0.7.py"]
 
 
 @pytest.mark.slow
@@ -911,7 +912,8 @@ def test_a_referee_that_is_killed_is_started_again_and_one_that_always_is_a_cras
     done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.6, 0.4, 0.7))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the referee failed: exit status -9") == 1 + 4
-    assert [row["status"] for row in quick.rows()] == ["keep", "keep", "crash", "keep"]
+    statuses = [row["status"] for row in quick.rows()]
+    assert statuses == ["keep", "keep", "crash", "measure", "keep"]
 
 
 @pytest.mark.slow
