@@ -183,7 +183,10 @@ def run_idea(run: Run, task: Task) -> None:
 
 
 def decide(run: Run, task: Task) -> None:
-    """What the keep rule says of the runs that an idea has."""
+    """What the keep rule says of the runs that an idea has, those from before a kill included."""
+    if result_path(run, task.done.number, 1 + runs_of(run, task.done.number, task.done)).exists():
+        task.done.status = "again"
+        return
     done, noise = task.done, run.noise(task.done).between(task.base, task.done)
     scores, best = undisturbed([done]), run.scores_of(task.base.number)
     lowest = min(e.val_bpb() for e in run.history if e.believed())
@@ -693,11 +696,7 @@ class Night:
         future.result()
         done = task.done
         if task.kind == "idea" and not done.status:
-            following = result_path(run, done.number, 1 + runs_of(run, done.number, done))
-            if following.exists():  # from before a kill
-                done.status = "again"
-            else:
-                decide(run, task)
+            decide(run, task)
         if task.kind == "baseline":
             self.settle_baseline(task)
         elif task.kind == "commit" and commit_on_branch(run) != task.commit:

@@ -231,9 +231,7 @@ def digest(run: Run, ideas: str = "", room: float = 1.0) -> str:
     tried, best, sigma = run.experiments(), run.best(), run.sigma()
     known = {e.number: e for e in reversed(run.history)}  # the first of a number, not repeats
     old = tried[:-LAST]
-    scored = [e for e in old if e.believed()]
-    ranked = sorted(zip(run.gains_of(scored), scored, strict=True), key=lambda pair: -pair[0])
-    top = [e for _, e in ranked[:BEST]]
+    top = [e for _, e in run.ranked([e for e in old if e.believed()])[:BEST]]
     queue = [f"{p.number}. {p.description}" for p in run.running]
     parts = [
         (f"The best is experiment {best.number}: {best.description}.", card(run, sigma), math.inf),

@@ -499,10 +499,11 @@ class Run:
     def mean_of(self, number: int) -> float:
         return statistics.fmean(self.values_of(number))
 
-    def gains_of(self, tried: list[Experiment]) -> list[float]:
-        """How far each lies below the baseline, without the luck of its seeds as far as shared."""
+    def ranked(self, tried: list[Experiment]) -> list[tuple[float, Experiment]]:
+        """How far each lies below the baseline, as compared on equal seeds; the lowest first."""
         noise, first, scores = self.noise(), self.history[0], self.all_scores()
-        return [noise.between(first, e).compare(scores[0], scores[e.number])[0] for e in tried]
+        gains = [noise.between(first, e).compare(scores[0], scores[e.number])[0] for e in tried]
+        return sorted(zip(gains, tried, strict=True), key=lambda pair: -pair[0])
 
     def source_of(self, experiment: Experiment) -> str:
         return self.source_at(experiment.commit)

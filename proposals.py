@@ -389,8 +389,7 @@ def sampler_view(run: Run) -> list[str]:
     found = alike(run)[-SAMPLER_SEES:]
     if len(found) < SAMPLER_STARTUP:
         return []
-    ranked = sorted(zip(run.gains_of(found), found, strict=True), key=lambda pair: -pair[0])
-    scores, told = zip(*ranked, strict=True)
+    scores, told = zip(*run.ranked(found), strict=True)
     whole, shares = spread(scores), {}
     for name in run.best().knobs:
         groups: dict[float, list[float]] = {}
@@ -423,8 +422,7 @@ def sampler(run: Run) -> Proposal | None:
     if not space:
         raise SetupError("train.py has no numeric constants at the top", "head -60 train.py")
     tried = []  # a crash has no score, and none is made up for it
-    found = alike(run)
-    for e, gain in zip(found, run.gains_of(found), strict=True):
+    for gain, e in run.ranked(alike(run)):
         steps = {n: start[n].step_of(e.knobs[n]) for n in space if n in e.knobs}
         told = {"params": steps, "distributions": {n: steps_of for n in steps}}
         tried.append(optuna.trial.create_trial(**told, value=-gain))
