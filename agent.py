@@ -39,16 +39,13 @@ from typing import Any
 
 sys.pycache_prefix = os.devnull  # an old bytecode must not stand in for these
 from journal import (
-    ADOPTED,
     LOG,
     RESULTS,
     ROOT,
     SLOWER,
     STOP,
     Experiment,
-    Noise,
     Run,
-    Scores,
     append_rows,
     commit_message,
     fingerprint,
@@ -79,6 +76,7 @@ from journal import (
 from prepare import SetupError, corpus_files, hide_memory, scale_named, write_atomic
 from proposals import Edit, Proposal, Proposer, Rejected, complete, identify
 from researcher import MODEL, CapReached, choose_proposer
+from rule import ADOPTED, Noise, judge, level
 from slots import (
     Slot,
     Task,
@@ -100,64 +98,8 @@ BASELINE_RUNS = 3
 BEST_RUNS = 5  # of the best, at most, with its repeated measurements
 REPORT_SECONDS = 60.0  # between two writings of report.html
 MEASURE_AFTER = 10  # candidates without a keep, then the best is measured again
-SUSPICIOUS_SIGMAS, SUSPICIOUS_SHARE = 10.0, 0.05
-RUNS_MOST = 4  # of an experiment, before it is dropped as not confirmed
-AT_ONCE = 3.4  # standard errors: then one run is enough
-# Of the keep rule, all by tests/simulate.py: what may be risked at first, what a keep adds, and the
-# share that one test risks.
-WEALTH, PAY, RISK_SHARE, RISK_MOST = 0.02, 2.5, 0.1, 0.2
-RISK_LEAST = 1 - statistics.NormalDist().cdf(AT_ONCE)  # even after 500 drops
 REPEATS = 3  # of disturbed runs, in one experiment
 CRASHES = 3  # in a row, then the best is run again, to see whose fault they are
-
-
-# ---------------------------------------------------------------------------
-# Run and judge
-# ---------------------------------------------------------------------------
-
-
-def level(history: list[Experiment]) -> float:
-    """How probable a false keep may be now: much after a keep, less with every drop.
-
-    In the manner of alpha-investing (Foster and Stine 2008): each test costs what it risks, each
-    keep pays. It pays more than theirs, so that their bound does not hold; tests/simulate.py says
-    what does.
-    """
-    wealth = WEALTH
-    for e in history:
-        risk = min(RISK_MOST, RISK_SHARE * wealth)
-        if e.number and e.status == "keep" and not e.reason:
-            wealth += PAY - risk
-        elif e.number and e.status in ("keep", "discard") and e.reason != ADOPTED:
-            wealth -= risk / (1 - risk)
-    return max(RISK_LEAST, min(RISK_MOST, RISK_SHARE * wealth))
-
-
-def judge(
-    scores: Scores, best: Scores, noise: Noise, risk: float, lowest: float,
-    simpler: bool, hidden_gain: float | None = None,
-) -> tuple[str, str]:
-    """The keep rule: (verdict, reason) for a candidate's val_bpb; "again" asks for one more run.
-
-    `best` are the best's own scores, `risk` the level that the test is made at, `lowest` the lowest
-    val_bpb that was believed so far; `simpler` says that the candidate has fewer syntax-tree nodes
-    than the best; `hidden_gain` is what it gains on the hidden split, which nobody searches on.
-    """
-    runs, sigma, (gain, error) = len(scores), noise.sigma, noise.compare(best, scores)
-    if hidden_gain is not None and gain - hidden_gain > max(3 * sigma, gain / 2):
-        return "discard", "suspicious: the hidden split does not show this gain"
-    beyond = lowest - statistics.fmean(scores.values())
-    much = SUSPICIOUS_SHARE * statistics.fmean(best.values())
-    if beyond > SUSPICIOUS_SIGMAS * sigma and gain > much:
-        return "discard", "suspicious: too good to be true, look at it yourself"
-    needed = statistics.NormalDist().inv_cdf(1 - risk)
-    if gain > error * (max(needed, AT_ONCE) if runs == 1 else needed):
-        return "keep", ""
-    if simpler and gain >= -0.5 * sigma:
-        return ("again", "") if runs == 1 else ("keep", "simpler")
-    if gain <= 0 or runs == RUNS_MOST:
-        return "discard", "not confirmed" if runs > 1 else ""
-    return "again", ""
 
 
 # ---------------------------------------------------------------------------

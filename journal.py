@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from prepare import SetupError, write_atomic
+from rule import ADOPTED, Noise, Scores, estimate
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results.tsv"
@@ -42,10 +43,6 @@ HEADER = ("commit", "val_bpb", "memory_gb", "status", "description", "run", "exp
           "seconds", "tokens_M", "cost_usd")
 
 CHARS_PER_NODE = 4  # about, in Python
-PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
-PRIOR_PAIRS = 3  # the same, of what two programs share on one seed
-SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
-SHARED, SHARED_MOST = 0.3, 0.99  # of the variance, by two programs on one seed: at first, at most
 SLOWER = 0.10  # of the tokens per second: below, the same code ran on a disturbed machine
 DISK_FLOOR = 2 * 2**30  # bytes that must be free before a run; the warden ends runs at half of it
 DISK_POLL_SECONDS = 10.0
@@ -54,11 +51,9 @@ LOCK_SECONDS = 60.0  # that git may hold a ref; after it, git died with it
 TORN = 7  # characters of a row's beginning, by which it is known
 LOG_BYTES, LOGS_KEPT = 2_000_000, 3
 CURVE = (10, 25, 50, 75, 100)  # % of the budget
-ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever it scores
 LOG = logging.getLogger("autoresearch")
 HELD: list[Any] = []  # locks, for as long as this process lives
 DOING: dict[Any, str] = {}  # what goes on, a line each
-Scores = dict[Any, float]  # val_bpb by seed
 STOP = threading.Event()  # what goes on is to end
 
 
@@ -120,39 +115,6 @@ class Experiment:
 
     def believed(self) -> bool:
         return not math.isnan(self.val_bpb()) and not self.reason.startswith("suspicious")
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far runs of the same code lie apart."""
-
-    sigma: float  # their standard deviation
-    shared: float = 0.0  # of the variance, by two programs' runs on one seed
-    freedom: float = math.inf  # degrees, of sigma
-    resized: float = 0.0  # shared by two of different size, whose weights start from other draws
-
-    def between(self, old: Experiment, new: Experiment) -> Noise:
-        """What is to be taken for comparing these."""
-        same = old.params_M == new.params_M
-        return self if same else replace(self, shared=self.resized)
-
-    def compare(self, old: Scores, new: Scores) -> tuple[float, float]:
-        """(by how much `new` lies below `old`, the standard error of that).
-
-        Generalised least squares for the two means: runs on one seed have the correlation `shared`,
-        all others none. Pairs take away the luck that is common, and what one side has on more
-        seeds than the other tells how much luck that was.
-        """
-        common = old.keys() & new.keys()
-        weight = 1 / (1 - self.shared**2)
-        a, b = ((weight - 1) * len(common) + len(scores) for scores in (old, new))
-        c = weight * self.shared * len(common)
-        x, y = (sum(scores[seed] for seed in common) for scores in (old, new))
-        u = (weight - 1) * x - weight * self.shared * y + sum(old.values())
-        v = (weight - 1) * y - weight * self.shared * x + sum(new.values())
-        scale = a * b - c * c  # of a mean - c mean' = u, b mean' - c mean = v
-        gain, variance = ((b - c) * u - (a - c) * v) / scale, (a + b - 2 * c) / scale
-        return round(gain, 12), self.sigma * math.sqrt(variance)  # of equal scores nothing
 
 
 # ---------------------------------------------------------------------------
@@ -514,33 +476,14 @@ class Run:
         return self.sources[commit]
 
     def noise(self, *more: Experiment) -> Noise:
-        """The scale's prior, updated by every repeated run; `more` tell of what is shared only.
-
-        A run counts no more than SIGMA_MOST times what prior and baseline, a person's code, say:
-        one program that diverges on its second seed must not make noise of all gains to come.
-        """
-        squares, freedom = PRIOR_RUNS * self.scale["sigma"] ** 2, PRIOR_RUNS
-        scores, most = self.all_scores(), math.inf
-        for values in (of.values() for of in scores.values()):
-            if len(values) > 1:
-                mean = statistics.fmean(values)
-                squares += sum(min(most, (value - mean) ** 2) for value in values)
-                freedom += len(values) - 1
-            most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
-        variance, size = squares / freedom, {e.number: e.params_M for e in self.tried()}
-        prior, pairs = PRIOR_PAIRS * 2 * variance, {True: PRIOR_PAIRS, False: PRIOR_PAIRS}
-        apart = {True: prior * (1 - SHARED), False: prior}
+        """By the scale's prior and every repeated run; `more` tell of what is shared only."""
+        scores, size = self.all_scores(), {e.number: e.params_M for e in self.tried()}
+        pairs = []
         for e in [*self.experiments(), *more]:
             old, new = scores.get(e.base, {}), scores.get(e.number) or undisturbed([e])
             changes = [old[seed] - new[seed] for seed in old.keys() & new.keys()]
-            if len(changes) > 1:
-                same, mean = size.get(e.base) == e.params_M, statistics.fmean(changes)
-                most = SIGMA_MOST**2 * apart[same] / pairs[same]
-                apart[same] += sum(min(most, (change - mean) ** 2) for change in changes)
-                pairs[same] += len(changes) - 1
-        shared = {same: min(SHARED_MOST, max(0.0, 1 - apart[same] / pairs[same] / (2 * variance)))
-                  for same in pairs}
-        return Noise(math.sqrt(variance), shared[True], freedom, shared[False])
+            pairs.append((size.get(e.base) == e.params_M, changes))
+        return estimate(self.scale["sigma"], [list(of.values()) for of in scores.values()], pairs)
 
     def sigma(self) -> float:
         return self.noise().sigma

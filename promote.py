@@ -36,7 +36,6 @@ from agent import (
 from journal import (
     STOP,
     Experiment,
-    Noise,
     Run,
     git,
     git_folder,
@@ -55,6 +54,7 @@ from journal import (
 )
 from prepare import SetupError
 from report import found, read_run, student
+from rule import Noise
 from slots import Slot, Task, choose_slots
 
 RUNS = 4  # of each stack, at each scale

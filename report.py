@@ -29,7 +29,6 @@ from digest import causes, near_misses, open_ideas, signed, tokens_gain
 from journal import (
     ROOT,
     Experiment,
-    Noise,
     Run,
     git,
     kept_range,
@@ -38,9 +37,10 @@ from journal import (
     undisturbed,
 )
 from prepare import SetupError, scale_named, write_atomic
+from rule import AT_ONCE, Noise
 
 CONFIDENCE = 0.95
-KEPT_AT_ONCE, KEPT_AGAIN = 3.4, 1.5  # standard errors: agent.py's, for one run, and about for more
+KEPT_AGAIN = 1.5  # standard errors, about: what more than one run needs
 FIELD_SIGMA = 0.0003  # of a 5-minute run on an H100, where a file says nothing of repeats
 LABELS = 25  # keeps with a name in the picture
 SHOWN = 200  # keeps with their diffs in the page
@@ -224,7 +224,12 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], bool]:
     fresh = undisturbed([e for e in run.of(best.number) if e.status == "measure"])
     scores = fresh or run.scores_of(best.number)
     gain, error = noise.between(run.history[0], best).compare(base, scores)
-    luck = 0.0 if fresh else luck_of(run, best, noise)  # on average: it may as well be twice that
+    kept = [e for e in run.tried() if e.status == "keep"]
+    size = itertools.takewhile(lambda e: e.params_M == best.params_M, reversed(kept))
+    # Runs of one size share the luck of their seeds: it stays since the first one was kept for it.
+    chosen = {e.number: e for e in ([*size][-1], best) if e.number and not (fresh and e is best)}
+    luck = max((luck_of(run, e, noise) * min(1, len(e.values) / len(scores))
+                for e in chosen.values()), default=0.0)  # on average: it may as well be twice that
     half = student(noise.freedom) * math.hypot(error, luck)
     return gain - luck, half, list(scores.values()), bool(fresh)
 
@@ -233,13 +238,13 @@ def luck_of(run: Run, done: Experiment, noise: Noise) -> float:
     """What the gain of a keep is too large by, on average, as it was kept for being so large.
 
     The mean of a normal variable above a bar is above its mean by the inverse Mills ratio, here at
-    the distance to the bar that was measured. The bar is KEPT_AT_ONCE for one run, KEPT_AGAIN for
+    the distance to the bar that was measured. The bar is AT_ONCE for one run, KEPT_AGAIN for
     more, in standard errors; tests/simulate.py says how often the interval then holds the truth.
     """
     if done.gain is None or done.reason:
         return 0.0  # simpler, or adopted: not kept for its gain
     error, normal = keep_error(run, done, noise), statistics.NormalDist()
-    above = done.gain / error - (KEPT_AGAIN if len(done.values) > 1 else KEPT_AT_ONCE)
+    above = done.gain / error - (KEPT_AGAIN if len(done.values) > 1 else AT_ONCE)
     return error * normal.pdf(above) / max(normal.cdf(above), 1e-9)
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import agent  # noqa: E402
 import report  # noqa: E402
 from journal import Experiment, Run  # noqa: E402
+from rule import judge, level  # noqa: E402
 
 SIGMAS = (0.2, 0.33, 0.5)
 PRIOR, RUNS, EARLY = 0.3, 125, 13
@@ -51,12 +52,12 @@ class Night:
 
     def __init__(
         self, rule, sigma: float, seed: int, common: float = COMMON, effects=effect, runs=RUNS,
-        ideas=math.inf,
+        ideas=math.inf, prior=PRIOR,
     ):  # fmt: skip
         self.ideas = random.Random(f"ideas {seed}")  # the same ones for every rule
         self.choose, self.sigma, self.left = random.Random(seed), sigma, runs
         self.rule, self.common, self.luck, self.seeds = rule, common, {}, itertools.count()
-        self.run = Run("t", {"sigma": PRIOR}, "")
+        self.run = Run("t", {"sigma": prior}, "")
         self.truth, self.keeps, self.false, self.tried = START, 0, 0, 0
         first = Experiment(0, "", status="keep")
         for _ in range(rule.baseline):
@@ -78,11 +79,14 @@ class Night:
         known = {*self.run.scores_of(done.number), *done.seeds}
         seeds = itertools.count() if self.rule.equal else self.seeds
         seed = next(seed for seed in seeds if seed not in known)
+        done.seeds.append(seed)
+        done.values.append(self.score(done, seed, truth))
+
+    def score(self, done: Experiment, seed: int, truth: float) -> float:
+        """What a run measures: the truth, the luck of its seed, and its own."""
         if seed not in self.luck:
             self.luck[seed] = self.choose.gauss(0, self.sigma * self.common**0.5)
-        own = self.choose.gauss(0, self.sigma * (1 - self.common) ** 0.5)
-        done.seeds.append(seed)
-        done.values.append(truth + self.luck[seed] + own)
+        return truth + self.luck[seed] + self.choose.gauss(0, self.sigma * (1 - self.common) ** 0.5)
 
     def best(self) -> dict[int, float]:
         return self.run.scores_of(self.run.best().number)
@@ -100,7 +104,7 @@ class Night:
 
     def try_out(self, gain: float) -> None:
         done = Experiment(self.tried, "", status="again", base=self.run.best().number)
-        best, risk = self.best(), agent.level(self.run.history)
+        best, risk = self.best(), level(self.run.history)
         while done.status == "again" and self.left > 0:
             self.measure(done, self.truth - gain)
             scores = dict(zip(done.seeds, done.values, strict=True))
@@ -131,7 +135,7 @@ class Ours:
 
     @staticmethod
     def judge(scores, best, noise, risk):
-        return agent.judge(scores, best, noise, risk, 0.0, False)
+        return judge(scores, best, noise, risk, 0.0, False)
 
 
 class Apart(Ours):

@@ -380,7 +380,7 @@ def honest_checkout(folder, cache, source):
     """A checkout with this train.py, and a scale that it fits."""
     checkout = Checkout(folder, cache)
     checkout.exchange("prepare.py", r'Scale\("cpu", .*?\)', SCALE)
-    checkout.exchange("agent.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all alike
+    checkout.exchange("rule.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all alike
     checkout.exchange("agent.py", "\nMEASURE_AFTER = 10", "\nMEASURE_AFTER = 99")
     checkout.write_train(source)
     checkout.commit_all()

@@ -34,6 +34,7 @@ from conftest import PROGRAM, TRUSTED, Checkout, sh
 import agent
 import prepare
 import referee
+import rule
 
 if sys.platform != "linux":
     pytest.skip("confinement needs Linux", allow_module_level=True)
@@ -404,7 +405,7 @@ def night_of(folder, cache):
         names = [n for n in ATTACKS if (n in CLOCKS, n in SLOW) == (timed, slow)]
         changes = {"EVALUATION_SECONDS": 15.0} if timed else {}
         checkout = make_checkout(folder("night"), cache, **changes)
-        checkout.exchange("agent.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all score alike
+        checkout.exchange("rule.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all score alike
         checkout.commit_all()
         if timed:
             del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
@@ -941,8 +942,8 @@ def test_a_gain_on_val_that_hidden_contradicts_is_suspicious_and_not_kept(folder
 
 def test_half_of_a_gain_and_three_sigma_must_show_on_hidden():
     def verdict(*values, hidden_gain):
-        best, noise = dict(enumerate([1.0] * 3)), agent.Noise(0.01)
-        return agent.judge(dict(enumerate(values)), best, noise, 0.1, 1.0, False, hidden_gain)
+        best, noise = dict(enumerate([1.0] * 3)), rule.Noise(0.01)
+        return rule.judge(dict(enumerate(values)), best, noise, 0.1, 1.0, False, hidden_gain)
 
     contradicted = ("discard", "suspicious: the hidden split does not show this gain")
     assert verdict(0.93, hidden_gain=0.036) == ("keep", "")

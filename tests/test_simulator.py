@@ -66,7 +66,7 @@ def test_each_keep_was_measured_on_what_it_sits_on():
 
 
 def test_an_idea_runs_again_on_a_seed_that_its_base_has_run_on():
-    night, paired = Simulation(KNOWN, 4, hours=4), []
+    night, paired = Simulation(KNOWN, 4, hours=6), []
     inner = night.train_once
 
     def train_once(run, task, *rest):
