@@ -102,7 +102,8 @@ def expected_share(squares: float, freedom: int, doubt: int = 0) -> float:
     """
     logs = [(doubt - freedom / 2) * math.log(1 - share) - squares / 4 / (1 - share)
             for share in SHARES]
-    likely = [math.exp(log - max(logs)) for log in logs]
+    most = max(logs)
+    likely = [math.exp(log - most) for log in logs]
     return sum(map(operator.mul, SHARES, likely)) / sum(likely)
 
 
