@@ -168,12 +168,14 @@ def runs_of(run: Run, number: int, *more: Experiment) -> int:
 
 def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -> None:
     """Add a run to an experiment; what was disturbed is set aside, this run or an older one."""
-    if result.get("disturbed"):
+    timed = run.scale["clock"] != "tokens"  # else a slow run has no worse score
+    if timed and result.get("disturbed"):
         done.reason, done.disturbed = result["disturbed"], done.disturbed + 1
         done.seconds += result["total_seconds"]
         say(f"disturbed: {done.reason}: {label}")
         return
     add_run(done, result)
+    done.speeds = done.speeds if timed else []
     known = [speed for e in [*run.of(done.number), done] for speed in e.speeds]
     slow = [n for n, speed in enumerate(done.speeds) if speed < (1 - SLOWER) * max(known)]
     for n in reversed(slow if done.status != "crash" else []):

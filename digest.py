@@ -49,14 +49,14 @@ def card(run: Run, sigma: float) -> list[str]:
         error = sigma / math.sqrt(len(values))
         return f"val_bpb {statistics.fmean(values):.6f} ± {error:.6f} (of {len(values)} runs)"
 
-    speed = statistics.fmean(best.speeds) if best.speeds else 0.0
+    speed = f"{statistics.fmean(best.speeds):.4f} M tokens/s, " if best.speeds else ""
     limit = f" of {run.scale['device_gb']:.1f}" if "device_gb" in run.scale else ""
     first = run.history[0].knobs
     moved = [f"{name} {value:g} (was {first[name]:g})" for name, value in best.knobs.items()
              if name in first and value != first[name]]
     lines = [
         f"It has {measured(best.number)}, the baseline {measured(0)}.",
-        f"{best.steps:.0f} steps, {best.tokens_M:.2f} M tokens, {speed:.4f} M tokens/s, memory "
+        f"{best.steps:.0f} steps, {best.tokens_M:.2f} M tokens, {speed}memory "
         f"{best.memory_gb:.1f}{limit} GB, {best.params_M:.2f} M parameters.",
         f"Two runs of the same code differ by about {sigma:.6f} (sigma): a smaller gain is noise "
         "until it is repeated.",

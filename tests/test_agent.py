@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import TOY, late, proposal
 
+import agent
 import journal
 import proposals
 from proposals import Edit, Rejected, apply_edits, read_knobs
@@ -668,3 +669,17 @@ def test_agent_stays_small_and_never_imports_torch(checkout, api):
     )
     code, megabytes, torch = json.loads(done.stdout.splitlines()[-1])
     assert code == 0 and megabytes < 150 and not torch, done.stderr
+
+
+@pytest.mark.parametrize(("clock", "counted"), [("cpu", 2), ("tokens", 3)])
+def test_a_slow_run_is_set_aside_where_it_had_less_of_the_budget(clock, counted):
+    run = journal.Run("t", {"sigma": SIGMA, "clock": clock}, "start")
+    done = journal.Experiment(1, "an idea")
+    for seed, seconds in enumerate((60.0, 61.0, 90.0)):
+        result = {"status": "ok", "val_bpb": 1.0, "total_tokens_M": 2.0, "seed": seed,
+                  "training_seconds": seconds, "training_wall_seconds": seconds, "num_steps": 9,
+                  "total_seconds": 2 * seconds, "peak_vram_mb": 1, "answers_seconds": 1.0,
+                  "start_seconds": 0.1, "start_wall_seconds": 0.1}  # fmt: skip
+        agent.add_result(run, done, result, "a run")
+    assert (done.runs, done.disturbed) == (counted, 3 - counted)
+    assert len(journal.undisturbed([done])) == counted == len(done.values)
