@@ -1,5 +1,5 @@
 """bench_upstream.py against a stand-in: a file with the other project's interface, made here. And
-bench_seeds.py.
+bench_seeds.py, and plant.py.
 """
 
 import re
@@ -11,8 +11,10 @@ from conftest import ROOT, sh
 sys.path.insert(0, str(ROOT / "tests"))
 import bench_seeds
 import bench_upstream
+import plant
 
 import prepare
+from journal import fingerprint
 
 # Counts which token follows which; asks for all that the other file asks of its surroundings.
 STAND_IN = """\
@@ -117,3 +119,16 @@ def test_equal_seeds_take_away_what_two_versions_share():
     assert bench_seeds.spread(first, second) == (0.0, pytest.approx(2**0.5))
     equal, different = bench_seeds.spread(first, second[::-1])
     assert (equal, different) == (2.0, pytest.approx(2**0.5))
+
+
+def test_planted_ideas_are_programs_of_their_own_and_end_when_they_say(cpu_rows, tmp_path):
+    source = plant.held_back((ROOT / "train.py").read_text(encoding="utf-8"))
+    ideas = dict(plant.ideas(source))
+    assert len({fingerprint(text) for text in (source, *ideas.values())}) == 31
+    env = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "100000", "PYTHONPATH": str(ROOT)}
+    tokens = {}
+    for name in ("gain-8", "twin-0", "loss-10"):
+        (tmp_path / "train.py").write_text(ideas[name], encoding="utf-8")
+        done = sh(sys.executable, "train.py", cwd=tmp_path, env=env)
+        tokens[name] = float(re.search(r"total_tokens_M: +([\d.]+)", done.stdout)[1])
+    assert tokens["gain-8"] > tokens["twin-0"] > tokens["loss-10"]
