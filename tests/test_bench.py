@@ -2,6 +2,7 @@
 bench_seeds.py, and plant.py.
 """
 
+import math
 import re
 import sys
 
@@ -126,9 +127,10 @@ def test_planted_ideas_are_programs_of_their_own_and_end_when_they_say(cpu_rows,
     ideas = dict(plant.ideas(source))
     assert len({fingerprint(text) for text in (source, *ideas.values())}) == 31
     env = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "100000", "PYTHONPATH": str(ROOT)}
-    tokens = {}
-    for name in ("gain-8", "twin-0", "loss-10"):
+    steps = {}
+    for name in ("gain-8", "loss-10"):
         (tmp_path / "train.py").write_text(ideas[name], encoding="utf-8")
         done = sh(sys.executable, "train.py", cwd=tmp_path, env=env)
-        tokens[name] = float(re.search(r"total_tokens_M: +([\d.]+)", done.stdout)[1])
-    assert tokens["gain-8"] > tokens["twin-0"] > tokens["loss-10"]
+        steps[name] = float(re.search(r"num_steps: +([\d.]+)", done.stdout)[1])
+    shares = 0.97**6 * 0.94**2, 0.97**6 * 0.94**4
+    assert list(steps.values()) == [math.ceil(100000 * share / 4096) for share in shares]
