@@ -4,8 +4,8 @@ python tests/simulate.py                  # the table of the README, 2,000 night
 python tests/simulate.py --nights 200     # sooner
 
 The real `judge`, `level` and `Run.noise`; effects and noise are EVIDENCE.md's, section 2, in 1e-3
-bits per byte. Neither sigma nor what of its square is common on one seed is known to the rule: they
-start from priors of 0.3, as the agent's do. Every rule is shown the same ideas.
+bits per byte. The rule knows neither sigma, of which its prior says 0.3, nor what of its square is
+common on one seed. Every rule is shown the same ideas.
 """
 
 import argparse
@@ -249,7 +249,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{args.nights} nights of {RUNS} runs each, sigma {' / '.join(map(str, SIGMAS))}\n")
     print("| rule | true gain, 10⁻³ | false keeps, % | inflation, 10⁻³ | experiments | "
-          "95 % interval holds, % | 50 ideas worth nothing: nights without a keep, % |")
+          "report's 95 % interval holds, % | 50 ideas worth nothing: nights without a keep, % |")
     print("|---|---|---|---|---|---|---|")
     pool, n = ProcessPoolExecutor(), args.nights
     jobs = {name: [*(pool.submit(row, rule, sigma, n, common) for sigma in SIGMAS),
