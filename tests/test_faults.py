@@ -954,6 +954,7 @@ def test_odd_programs_end_no_night(quick):
 
 def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
     """The second run of the same code has half the tokens per second; four are wanted."""
+    del quick.env["AUTORESEARCH_BUDGET_TOKENS"]  # where a slow run has no worse score
     slow = STAND_IN.replace("STEP", "0.0").replace(
         'path = f"', 'result["total_tokens_M"] = 0.5 if args.run == "2" else 1.0\npath = f"'
     )
@@ -969,6 +970,7 @@ def test_a_disturbed_run_is_set_aside_and_made_up_for(quick):
 
 def test_a_best_that_cannot_be_measured_again_is_asked_once(quick):
     """Its runs but the first have half the tokens per second; an idea wants four on equal seeds."""
+    del quick.env["AUTORESEARCH_BUDGET_TOKENS"]  # where a slow run has no worse score
     slow = STAND_IN.replace("STEP", "0.0").replace('path = f"', (
         'result["total_tokens_M"] = 0.5 if args.folder.endswith("/0") and args.run != "1" else 1.0'
         '\npath = f"'))  # fmt: skip
@@ -1029,6 +1031,8 @@ def test_a_run_beside_a_tenant_or_on_a_throttled_card_is_not_judged(checkout, tm
     checkout.exchange("referee.py", "\nGPU_POLL_SECONDS, GPU_SHARE = .*",
                       "\nGPU_POLL_SECONDS, GPU_SHARE = 0.1, 0.5")  # fmt: skip
     checkout.commit_all()
+    del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
+    checkout.env["AUTORESEARCH_BUDGET"] = "1"
     started = subprocess.Popen(
         [sys.executable, "agent.py", "--tag", "t", "--experiments", "0"], cwd=checkout.folder,
         env=checkout.env | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
