@@ -217,9 +217,9 @@ def found(run: Run) -> Path:
     return run.folder(0).parent / "promote.txt"
 
 
-def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], bool]:
+def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], float]:
     """(the best's gain over the baseline, half its 95 % interval, the best's values that it is
-    judged by, whether these are fresh: not those that it was chosen by)."""
+    judged by, and what was taken off since runs that it was chosen by are among them)."""
     base, best = run.scores_of(0), run.best()
     fresh = undisturbed([e for e in run.of(best.number) if e.status == "measure"])
     scores = fresh or run.scores_of(best.number)
@@ -231,7 +231,7 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], bool]:
     luck = max((luck_of(run, e, noise) * min(1, len(e.values) / len(scores))
                 for e in chosen.values()), default=0.0)  # on average: it may as well be twice that
     half = student(noise.freedom) * math.hypot(error, luck)
-    return gain - luck, half, list(scores.values()), bool(fresh)
+    return gain - luck, half, list(scores.values()), luck
 
 
 def luck_of(run: Run, done: Experiment, noise: Noise) -> float:
@@ -251,7 +251,7 @@ def luck_of(run: Run, done: Experiment, noise: Noise) -> float:
 def verdict(run: Run, noise: Noise) -> list[str]:
     """Baseline, best and gain with their 95 % intervals, and what of it may be luck."""
     best, first = run.best(), run.history[0]
-    tried, fresh = run.experiments(), []
+    tried = run.experiments()
     count = {s: sum(e.status == s for e in tried) for s in ("keep", "discard", "crash")}
     words = [f"{len(tried)} experiments: {count['keep']} kept, {count['discard']} dropped, "
              f"{count['crash']} crashed."]  # fmt: skip
@@ -266,14 +266,14 @@ def verdict(run: Run, noise: Noise) -> list[str]:
         words.append(f"Baseline {mean(base)}. Nothing was kept: the gain is 0, and what a gain of "
                      f"nothing looks like is ± {half:.6f}.")
     else:
-        gain, half, values, fresh = gain_of(run, noise)
+        gain, half, values, luck = gain_of(run, noise)
         words.append(f"Baseline {mean(base)}, best {mean(values)}: experiment {best.number}, "
                      f"{best.description}.")
         real = "real" if gain > half else "not told from nothing"
         words.append(f"The gain is {gain:.6f} ± {half:.6f} (95 %): {real}.")
-        if not fresh:
-            words.append("The best is judged by the runs that it was chosen by; what that makes it "
-                         f"too good by, {luck_of(run, best, noise):.6f}, is taken off.")
+        if luck:
+            words.append("The best is judged by runs that it was chosen by; what that makes it too "
+                         f"good by, {luck:.6f}, is taken off.")
         low = min(v for e in run.history for v in e.values if e.believed())
         claimed = first.values[0] - low if first.values else math.nan
         if claimed > 0:

@@ -15,6 +15,7 @@ from test_faults import sharpness, stand_in
 
 import report
 from journal import Experiment, Run
+from rule import Noise
 
 
 @pytest.fixture
@@ -121,6 +122,22 @@ def test_intervals_of_a_gain_hold_what_they_say():
         gain = statistics.fmean(base) - statistics.fmean(best)
         held += abs(gain - 0.01) < math.sqrt(2) * report.half_width(noise, 4)
     assert 930 <= held <= 970
+
+
+def test_the_luck_of_a_size_is_taken_off_when_its_runs_are_not_those_of_the_best():
+    """The second keep's gain is sure; its runs are as lucky as those of the first of its size."""
+    def kept(number, values, gain, size):
+        return Experiment(number, "", status="keep", values=values, seeds=[1, 2], order=number,
+                          base=max(0, number - 1), gain=gain, params_M=size)  # fmt: skip
+
+    first, second = kept(0, [1.0, 1.0], None, 1.0), kept(1, [0.98, 0.98], 0.02, 2.0)
+    run = Run("t", {"sigma": 0.01}, "", [first, second, kept(2, [0.9, 0.9], 0.08, 2.0)])
+    noise = Noise(0.01, shared=0.99)
+    gain, half, _, luck = report.gain_of(run, noise)
+    assert gain + luck == pytest.approx(0.1) and half > luck
+    assert luck == report.luck_of(run, second, noise) > report.luck_of(run, run.best(), noise)
+    second.params_M = 1.0  # then the best is the first of its size, and its gain is as sure
+    assert report.gain_of(run, Noise(0.01, shared=0.99, resized=0.99))[3] < luck / 10
 
 
 def test_quantiles_of_student():

@@ -1,5 +1,7 @@
 """The keep rule in whole nights with known effects; the figures are by tests/simulate.py."""
 
+import statistics
+
 import pytest
 import simulate
 
@@ -30,3 +32,25 @@ def test_where_seeds_have_nothing_in_common_it_is_no_worse_than_without_them():
 def test_a_night_where_nothing_can_be_found_keeps_nothing():
     assert simulate.nights_without_keep(simulate.Ours, 0.33, 100) > 0.8
     assert simulate.nights_without_keep(simulate.Greedy, 0.33, 100) < 0.3
+
+
+class Resized(simulate.Night):
+    """Every third idea has weights of another size, whose draws are the luck of that size alone."""
+
+    def score(self, done, seed, truth):
+        base = self.run.best().params_M if self.run.history else 0.0
+        if done.status == "measure" or done.number % 3:
+            done.params_M = base
+        else:
+            done.params_M = float(done.number)
+        luck = self.luck.setdefault((seed, done.params_M), self.choose.gauss(0, 1))
+        own = self.choose.gauss(0, 1)
+        return truth + self.sigma * (luck * self.common**0.5 + own * (1 - self.common) ** 0.5)
+
+
+@pytest.mark.slow
+def test_the_luck_of_a_size_is_neither_kept_nor_believed():
+    """Runs of one size share most of their luck, so that a lucky size stays lucky on its seeds."""
+    nights = [Resized(simulate.Ours, 0.33, seed, 0.9) for seed in range(400)]
+    assert sum(night.false for night in nights) / sum(night.keeps for night in nights) <= 0.11
+    assert statistics.fmean(night.covered() for night in nights if night.keeps) >= 0.93
