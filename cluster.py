@@ -50,7 +50,7 @@ from warden import MEMORY_SHARE, memory_available
 
 PROGRAMS = (
     *TRUSTED, "agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "researcher.py",
-    "slots.py",
+    "rule.py", "slots.py",
 )  # fmt: skip
 CPUS = 2  # of a run without a GPU
 RETRIES = 3  # by Ray, of a run whose node or process dies; the loop asks for it again after that
