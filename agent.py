@@ -175,7 +175,8 @@ def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -
         say(f"disturbed: {done.reason}: {label}")
         return
     add_run(done, result)
-    done.speeds = done.speeds if timed else []
+    if not timed:
+        done.speeds.clear()
     known = [speed for e in [*run.of(done.number), done] for speed in e.speeds]
     slow = [n for n, speed in enumerate(done.speeds) if speed < (1 - SLOWER) * max(known)]
     for n in reversed(slow if done.status != "crash" else []):

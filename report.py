@@ -227,9 +227,9 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], float]:
     kept = [e for e in run.tried() if e.status == "keep"]
     size = itertools.takewhile(lambda e: e.params_M == best.params_M, reversed(kept))
     # Runs of one size share the luck of their seeds: it stays since the first one was kept for it.
-    chosen = {e.number: e for e in ([*size][-1], best) if e.number and not (fresh and e is best)}
-    luck = max((luck_of(run, e, noise) * min(1, len(e.values) / len(scores))
-                for e in chosen.values()), default=0.0)  # on average: it may as well be twice that
+    chosen = [e for e in ([*size][-1], best) if e.number and not (fresh and e is best)]
+    luck = max((luck_of(run, e, noise) * min(1, len(e.values) / len(scores)) for e in chosen),
+               default=0.0)  # on average: it may as well be twice that
     half = student(noise.freedom) * math.hypot(error, luck)
     return gain - luck, half, list(scores.values()), luck
 

@@ -10,7 +10,10 @@ import operator
 import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from journal import Experiment
 
 PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
 SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
@@ -36,7 +39,7 @@ class Noise:
     freedom: float = math.inf  # degrees, of sigma
     resized: float = 0.0  # shared by two of different size
 
-    def between(self, old: Any, new: Any) -> Noise:
+    def between(self, old: Experiment, new: Experiment) -> Noise:
         """What is to be taken for comparing these."""
         same = old.params_M == new.params_M
         return self if same else replace(self, shared=self.resized)
@@ -107,7 +110,7 @@ def expected_share(squares: float, freedom: int, doubt: int = 0) -> float:
     return sum(map(operator.mul, SHARES, likely)) / sum(likely)
 
 
-def level(history: list[Any]) -> float:
+def level(history: list[Experiment]) -> float:
     """How probable a false keep may be now: much after a keep, less with every drop.
 
     In the manner of alpha-investing (Foster and Stine 2008): each test costs what it risks, each

@@ -52,12 +52,12 @@ class Night:
 
     def __init__(
         self, rule, sigma: float, seed: int, common: float = COMMON, effects=effect, runs=RUNS,
-        ideas=math.inf, prior=PRIOR,
+        ideas=math.inf,
     ):  # fmt: skip
         self.ideas = random.Random(f"ideas {seed}")  # the same ones for every rule
         self.choose, self.sigma, self.left = random.Random(seed), sigma, runs
         self.rule, self.common, self.luck, self.seeds = rule, common, {}, itertools.count()
-        self.run = Run("t", {"sigma": prior}, "")
+        self.run = Run("t", {"sigma": PRIOR}, "")
         self.truth, self.keeps, self.false, self.tried = START, 0, 0, 0
         first = Experiment(0, "", status="keep")
         for _ in range(rule.baseline):

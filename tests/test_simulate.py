@@ -43,9 +43,7 @@ class Resized(simulate.Night):
             done.params_M = base
         else:
             done.params_M = float(done.number)
-        luck = self.luck.setdefault((seed, done.params_M), self.choose.gauss(0, 1))
-        own = self.choose.gauss(0, 1)
-        return truth + self.sigma * (luck * self.common**0.5 + own * (1 - self.common) ** 0.5)
+        return super().score(done, (seed, done.params_M), truth)
 
 
 @pytest.mark.slow

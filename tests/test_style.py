@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import cluster
+
 CEILINGS = {
     "prepare.py": 810,
     "referee.py": 610,
@@ -65,3 +67,12 @@ def test_agent_imports_nothing_heavy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_goes_to_a_clusters_nodes_is_all_that_it_imports_there():
+    for name in cluster.PROGRAMS:
+        for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or node.names[0].name
+                own = (ROOT / f"{module}.py").exists()
+                assert not own or f"{module}.py" in cluster.PROGRAMS, (name, module)
