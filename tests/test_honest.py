@@ -430,7 +430,7 @@ def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
         pytest.skip(SKIPPED[name])
     rows, done = tried(name)
     assert len(rows) == 1, done.stderr
-    assert rows[0]["status"] in ("keep", "discard"), rows[0]
+    assert rows[0]["status"] in ("keep", "discard"), rows[0]["description"]
     assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
     assert done.returncode == 0, done.stderr
 
