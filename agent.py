@@ -73,7 +73,7 @@ from journal import (
     undisturbed,
     write_commit,
 )
-from prepare import SetupError, corpus_files, hide_memory, scale_named, write_atomic
+from prepare import SetupError, hide_memory, scale_named, write_atomic
 from proposals import Edit, Proposal, Proposer, Rejected, complete, identify
 from researcher import MODEL, CapReached, choose_proposer
 from rule import ADOPTED, Noise, judge, level
@@ -735,8 +735,6 @@ def night(args: argparse.Namespace) -> None:
     if args.tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", args.tag, re.A):
         said = f"--tag {args.tag}: it must do as a branch name, of letters, digits, dots and dashes"
         raise SetupError(said, "python agent.py --tag a1")
-    if args.corpus:
-        corpus_files(args.corpus)
     propose, line = choose_proposer(args, screen)
     caps = {"experiments": args.experiments, "hours": args.hours, "US dollars": args.usd}
     limits = [f"after {cap:g} {unit}" for unit, cap in caps.items() if cap is not None]

@@ -49,8 +49,8 @@ from slots import Task, check_trusted, measure, trusted_command
 from warden import MEMORY_SHARE, memory_available
 
 PROGRAMS = (
-    *TRUSTED, "agent.py", "cluster.py", "digest.py", "journal.py", "proposals.py", "researcher.py",
-    "rule.py", "slots.py",
+    *TRUSTED, "agent.py", "cluster.py", "dataset.py", "digest.py", "journal.py", "proposals.py",
+    "researcher.py", "rule.py", "slots.py",
 )  # fmt: skip
 CPUS = 2  # of a run without a GPU
 RETRIES = 3  # by Ray, of a run whose node or process dies; the loop asks for it again after that

@@ -21,8 +21,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-PROGRAM = ("agent.py", "cluster.py", "digest.py", "full.py", "journal.py", "promote.py",
-           "proposals.py", "report.py", "researcher.py", "rule.py", "slots.py")  # fmt: skip
+PROGRAM = ("agent.py", "cluster.py", "dataset.py", "digest.py", "full.py", "journal.py",
+           "promote.py", "proposals.py", "report.py", "researcher.py", "rule.py",
+           "slots.py")  # fmt: skip
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 TINY = 'Scale("cpu", "stdlib", 512, 32, "cpu", 60, 8192, 0, 0.002)'
 
