@@ -16,8 +16,8 @@ import html
 import io
 import itertools
 import math
+import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -500,12 +500,12 @@ def page(report: Report) -> str:
 def write(report: Report, folder: Path, say: Callable[[str], Any] = print) -> None:
     """progress.png and report.html in a folder, and the summary by `say`."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "progress.png", [draw(report, LIGHT)])
+    write_atomic(folder / "report.html", [page(report).encode()])
     for line in [report.title, *report.words]:
         say(line)
     for facts in report.keeps[-SHOWN:]:
         say(f"  {facts['number']:>4}  {facts['commit']}  {facts['gain']}  {facts['description']}")
-    write_atomic(folder / "progress.png", [draw(report, LIGHT)])
-    write_atomic(folder / "report.html", [page(report).encode()])
     say(f"see {folder / 'report.html'} and {folder / 'progress.png'}")
     for what, command in report.type_this[::-1]:  # what is typed first stands last
         say(f"to {what}: {command}")
@@ -519,6 +519,7 @@ def main(words: list[str]) -> int:
     args = parser.parse_args(words)
     if args.file and args.tag:
         parser.error("a file has no --tag")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`, which has read enough
     try:
         if args.file:
             write(read_field(args.file), Path("runs") / f"report-{args.file.stem}")
@@ -528,7 +529,3 @@ def main(words: list[str]) -> int:
     except OSError as error:
         raise SetupError(str(error), "df -h . && ls -ld runs") from error
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -54,6 +54,13 @@ def test_any_file_of_the_field_is_read_as_it_stands(tmp_path):
     assert (folder / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_reader_who_has_read_enough_is_no_error(tmp_path):
+    (tmp_path / "results.tsv").write_text(FIELD, encoding="utf-8")
+    line = f"{sys.executable} {ROOT}/agent.py report results.tsv | true"
+    done = sh("bash", "-c", line, cwd=tmp_path)
+    assert not done.stderr and (tmp_path / "runs/report-results/report.html").exists()
+
+
 @pytest.mark.parametrize("text, word", [
     ("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n", "No row has a score"),
     (FIELD.splitlines()[0] + "\nx\t0.000000\t0\tcrash\tboom\n", "No row has a score"),
