@@ -1,7 +1,7 @@
 """The loop: propose one edit of train.py, run it, judge it, keep it or drop it, record it.
 
     python agent.py                           # all night, with Claude if ANTHROPIC_API_KEY is set
-    python agent.py --experiments 8           # stop after 8; without a key Optuna proposes
+    python agent.py --experiments 8           # until it has 8; without a key Optuna proposes
     python agent.py --patches a.diff b.diff   # judge your own edits
     python agent.py report                    # what the night comes to, see report --help
     python agent.py promote                   # which kept commits hold, see promote --help
@@ -118,9 +118,10 @@ def run_idea(run: Run, task: Task) -> None:
     """One run more; the verdict is not given here."""
     done, best = task.done, run.scores_of(task.base.number)
     label = f"{done.number}: {done.description}" + (", on another seed" if done.runs else "")
-    usual = max(statistics.fmean(best.values()), best.get(run.next_seed(done.seeds), 0.0))
+    on_it = [score for (seed, *_), score in best.items() if seed == run.next_seed(done.seeds)]
+    usual = max([statistics.fmean(best.values()), *on_it])
     done.status = ""
-    if not train_fairly(run, task, label, usual + 0.5 * run.sigma()):
+    if not train_fairly(run, task, label, usual + 0.5 * run.noise().sigma):
         done.status = "discard"
 
 
@@ -129,13 +130,13 @@ def decide(run: Run, task: Task) -> None:
     if result_path(run, task.done.number, 1 + runs_of(run, task.done.number, task.done)).exists():
         task.done.status = "again"
         return
-    done, noise = task.done, run.noise(task.done).between(task.base, task.done)
+    done, noise = task.done, run.noise(task.done)
     scores, best = undisturbed([done]), run.scores_of(task.base.number)
     lowest = min(e.val_bpb() for e in run.history if e.believed())
     simpler = node_count(task.source) < node_count(run.source_of(task.base))
-    rule = (level(run.history), lowest, simpler, hidden_gain(run, task, noise))
     done.gain, _ = noise.compare(best, scores)
-    done.status, done.reason = judge(scores, best, noise, *rule)
+    done.status, done.reason = judge(
+        scores, best, noise, level(run.history), lowest, simpler, hidden_gain(run, task, noise))
 
 
 def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.inf) -> bool:
@@ -148,7 +149,7 @@ def train_fairly(run: Run, task: Task, label: str, hidden_below: float = math.in
     wanted = len(done.values) + 1
     for _ in range(1 + REPEATS):
         count = 1 + runs_of(run, done.number, done)
-        known = {*run.scores_of(done.number), *done.seeds}
+        known = {*run.seeds_of(done.number), *done.seeds}
         if not task.seed or task.seed in known:
             task.seed = run.next_seed(known)
         add_result(run, done, train_once(run, task, count, label, hidden_below), label)
@@ -169,7 +170,7 @@ def runs_of(run: Run, number: int, *more: Experiment) -> int:
 def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -> None:
     """Add a run to an experiment; what was disturbed is set aside, this run or an older one."""
     timed = run.scale["clock"] != "tokens"  # else a slow run has no worse score
-    if timed and result.get("disturbed"):
+    if result.get("disturbed") and (timed or result["status"] == "crash"):
         done.reason, done.disturbed = result["disturbed"], done.disturbed + 1
         done.seconds += result["total_seconds"]
         say(f"disturbed: {done.reason}: {label}")
@@ -184,7 +185,7 @@ def add_result(run: Run, done: Experiment, result: dict[str, Any], label: str) -
         done.reason = f"{share:.0f} % fewer tokens/s than the same code had"
         say(f"disturbed: {done.reason}: {label}")
         done.runs, done.disturbed = done.runs - 1, done.disturbed + 1
-        for each in (done.values, done.seeds, done.speeds, done.hidden):
+        for each in (done.values, done.seeds, done.draws, done.speeds, done.hidden):
             del each[n]
 
 
@@ -233,6 +234,7 @@ def add_run(done: Experiment, result: dict[str, Any]) -> None:
     done.evaluation_seconds += result.get("evaluation_seconds", 0.0)
     done.values.append(result["val_bpb"])
     done.seeds.append(result["seed"])
+    done.draws.append(result.get("draws", 0.0))
     done.speeds.append(result["total_tokens_M"] / max(result["training_seconds"], 1e-9))
     done.silence_seconds = max(done.silence_seconds, result.get("silence_seconds", 0.0))
     done.hidden.append(result.get("hidden_bpb"))
@@ -393,7 +395,7 @@ def confine(unconfined: bool) -> str:
 
 
 def find_run(tag: str | None, scale: dict[str, Any]) -> Run:
-    """The named run, else the last if it began with this train.py and settings, else a new one."""
+    """The named run, else the latest that began with this train.py and settings, else a new one."""
     refs = ("--format=%(refname)", "--sort=-committerdate", "refs/autoresearch-measure")
     tags = [ref.split("/")[2] for ref in git("for-each-ref", *refs).split() if ref.endswith("/0")]
     start = resolve("HEAD") or ""
@@ -543,7 +545,7 @@ class Night:
     def next_again(self, under_way: set[str], over: bool) -> Task | None:
         """An idea's next run, on a seed that the best has run on too; if need be the best first."""
         run, best = self.run, self.run.best()
-        known = run.scores_of(best.number)
+        known = run.seeds_of(best.number)
         again = [e for e in run.of(best.number) if e.status == "measure"]
         vain = bool(again) and not again[-1].values  # it fails, or the machine is not as it was
         for task in list(self.again):

@@ -228,7 +228,7 @@ def fit(lines: list[str], characters: float) -> list[str]:
 
 def digest(run: Run, ideas: str = "", room: float = 1.0) -> str:
     """The history: what was tried, what came of it, how sure that is. `room` 1 is all of it."""
-    tried, best, sigma = run.experiments(), run.best(), run.sigma()
+    tried, best, sigma = run.experiments(), run.best(), run.noise().sigma
     known = {e.number: e for e in reversed(run.history)}  # the first of a number, not repeats
     old = tried[:-LAST]
     top = [e for _, e in run.ranked([e for e in old if e.believed()])[:BEST]]

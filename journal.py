@@ -77,16 +77,17 @@ class Experiment:
     status: str = ""  # keep, discard, crash or measure
     reason: str = ""
     runs: int = 0  # that are judged
-    disturbed: int = 0  # runs set aside, since the same code was faster in others
+    disturbed: int = 0  # runs set aside: beside a tenant, on a throttled card, or slow
     values: list[float] = field(default_factory=list)  # val_bpb of each run that has one
     seeds: list[int] = field(default_factory=list)  # that these runs had
+    draws: list[float] = field(default_factory=list)  # random state at their first batch, hashed
     speeds: list[float] = field(default_factory=list)  # M tokens per second of the scale's clock
-    hidden: list[float | None] = field(default_factory=list)  # the same of the hidden split
+    hidden: list[float | None] = field(default_factory=list)  # bits per byte of the hidden split
     after: int = 0  # for a measurement: the last experiment before it
     order: int = 0  # in which verdicts were given; numbers are given when an idea is had
     saw: int = 0  # the verdicts that its proposer knew of
     base: int = 0  # the experiment that it was made of
-    gain: float | None = None  # val_bpb below the mean of that, as it was when this was judged
+    gain: float | None = None  # over that, as compared when this was judged
     program: str = ""  # its syntax tree, as a hash
     skeleton: str = ""  # the same without the values of the knobs
     knobs: dict[str, float] = field(default_factory=dict)
@@ -438,6 +439,7 @@ class Run:
         return replace(self, history=list(self.history), running=list(self.running))
 
     def best(self) -> Experiment:
+        """The last keep, which ideas are tried on top of and compared with."""
         return [e for e in self.history if e.status == "keep"][-1]
 
     def of(self, number: int) -> list[Experiment]:
@@ -445,8 +447,12 @@ class Run:
         return [e for e in self.history if e.number == number]
 
     def scores_of(self, number: int, what: str = "values") -> Scores:
-        """Of every undisturbed run of an experiment, repeated measurements included, by seed."""
+        """Of every undisturbed run of an experiment, repeated measurements included."""
         return undisturbed(self.of(number), what)
+
+    def seeds_of(self, number: int) -> set[int]:
+        """Of these runs."""
+        return {seed for seed, *_ in self.scores_of(number)}
 
     def all_scores(self) -> dict[int, Scores]:
         """scores_of every number, the baseline's first."""
@@ -463,8 +469,8 @@ class Run:
 
     def ranked(self, tried: list[Experiment]) -> list[tuple[float, Experiment]]:
         """How far each lies below the baseline, as compared on equal seeds; the lowest first."""
-        noise, first, scores = self.noise(), self.history[0], self.all_scores()
-        gains = [noise.between(first, e).compare(scores[0], scores[e.number])[0] for e in tried]
+        noise, scores = self.noise(), self.all_scores()
+        gains = [noise.compare(scores[0], scores[e.number])[0] for e in tried]
         return sorted(zip(gains, tried, strict=True), key=lambda pair: -pair[0])
 
     def source_of(self, experiment: Experiment) -> str:
@@ -477,16 +483,11 @@ class Run:
 
     def noise(self, *more: Experiment) -> Noise:
         """By the scale's prior and every repeated run; `more` tell of what is shared only."""
-        scores, size = self.all_scores(), {e.number: e.params_M for e in self.tried()}
-        pairs = []
+        scores, pairs = self.all_scores(), []
         for e in [*self.experiments(), *more]:
             old, new = scores.get(e.base, {}), scores.get(e.number) or undisturbed([e])
-            changes = [old[seed] - new[seed] for seed in old.keys() & new.keys()]
-            pairs.append((size.get(e.base) == e.params_M, changes))
+            pairs.append([old[key] - new[key] for key in old.keys() & new.keys()])
         return estimate(self.scale["sigma"], [list(of.values()) for of in scores.values()], pairs)
-
-    def sigma(self) -> float:
-        return self.noise().sigma
 
     def drops(self) -> int:
         """Experiments since the last keep."""
@@ -500,12 +501,12 @@ class Run:
 
 
 def undisturbed(experiments: list[Experiment], what: str = "values") -> Scores:
-    """Values, or hidden, of those runs of one program that were not slower than it can be."""
+    """Values, or hidden, of one program's runs that were not slower than it can be, by their luck:
+    the seed, and what was drawn on it."""
     slow = (1 - SLOWER) * max((s for e in experiments for s in e.speeds), default=0.0)
-    runs = ((e.number, e.after, n, *run) for e in experiments
-            for n, run in enumerate(itertools.zip_longest(getattr(e, what), e.speeds, e.seeds)))
-    return {(number, after, n) if seed is None else seed: value  # older versions noted no seed
-            for number, after, n, value, speed, seed in runs
+    return {(e.number, e.after, n) if seed is None else (seed, drawn): value  # no seeds once
+            for e in experiments for n, (value, speed, seed, drawn) in enumerate(
+                itertools.zip_longest(getattr(e, what), e.speeds, e.seeds, e.draws))
             if value is not None and (speed is None or speed >= slow)}
 
 
@@ -662,8 +663,9 @@ def kept_range(run: Run) -> str:
 def show_end(run: Run, reason: str) -> None:
     kept = sum(e.status == "keep" for e in run.experiments())
     spent, tokens = run.spent["cost_usd"], run.spent["tokens_in"] + run.spent["tokens_out"]
+    first, last, sigma = run.mean_of(0), run.mean_of(run.best().number), run.noise().sigma
     say(f"stopped: {reason}; {len(run.experiments())} experiments, {kept} kept, val_bpb "
-        f"{run.mean_of(0):.6f} → {run.mean_of(run.best().number):.6f}, sigma {run.sigma():.6f}"
+        f"{first:.6f} → {last:.6f}, sigma {sigma:.6f}"
         + (f", {tokens / 1e6:.2f} M tokens, ${spent:.2f}" if tokens else ""))
     if spent:
         each = f"${spent / max(1, len(run.experiments())):.3f} an experiment"

@@ -29,6 +29,7 @@ import socket
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType
@@ -52,8 +53,9 @@ RECORD = 0.71800  # val_bpb on VAL_SHARD of the run that led nanochat's table in
 QUERY_BYTES = 2**28  # float32 logits asked for in one query, at most
 # Frames that say: I have loaded, give me train.py; give me the rows; it is trained, ask me.
 WARM, START, READY = b"\xfe" * 4, b"\xff" * 4, b"\0" * 4
-# What train.py claims of itself: recorded, never judged. Crosses as float64 in this order.
-CLAIMS = ("peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps", "num_params_M", "depth")
+# What train.py claims of itself, beside its score. Crosses as float64 in this order.
+CLAIMS = ("peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps", "num_params_M", "depth",
+          "draws")  # fmt: skip
 TRUSTED = ("prepare.py", "referee.py", "warden.py")
 IMPORTED = time.monotonic()
 
@@ -165,7 +167,7 @@ def rows_folder(scale: Scale, corpus: str | None = None) -> tuple[Path, str]:
     if prepared := os.environ.get("AUTORESEARCH_ROWS"):  # under the referee
         return Path(prepared), ""
     if corpus := corpus or os.environ.get("AUTORESEARCH_CORPUS"):
-        from dataset import corpus_files  # not in the cage, where nothing is prepared
+        from pretokenize import corpus_files  # not in the cage, where nothing is prepared
 
         stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in corpus_files(corpus)]
         source, made_of = f"corpus {Path(corpus).expanduser().resolve()}", json.dumps(stats)
@@ -228,6 +230,7 @@ class Spent:
     children: float = 0.0  # CPU seconds of those that live, when last looked at
     looked: float = -1.0
     tokens: int = 0
+    draws: int = 0  # stands for the random numbers that were drawn before the first batch
 
 
 SPENT = Spent()
@@ -315,6 +318,17 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def draws(device: torch.device) -> int:
+    """Stands for all random numbers drawn so far, as for initial weights: on one seed two programs
+    that drew the same ones share luck, and others do not."""
+    import torch
+
+    state = torch.get_rng_state().numpy().tobytes()
+    if device.type == "cuda":
+        state += torch.cuda.get_rng_state(device).numpy().tobytes()
+    return zlib.crc32(state)
+
+
 def batches(
     batch_size: int, device: torch.device, trained: int = 0, seconds: float = 0.0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -341,6 +355,7 @@ def batches(
     epochs, past = divmod(trained // a_batch, len(rows) // batch_size)
     clock = cpu_seconds if scale.clock == "cpu" else time.monotonic
     copied: torch.cuda.Event | None = None  # the batch before, and what was queued until then
+    SPENT.draws = SPENT.draws or draws(device)
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     for epoch in itertools.count(epochs):
@@ -457,6 +472,7 @@ def finish(
         "num_steps": num_steps,
         "num_params_M": sum(p.numel() for p in model.parameters()) / 1e6,
         "depth": depth,
+        "draws": SPENT.draws,
     }
     model.eval()
     if "torch._dynamo" in sys.modules:  # compiling anew for these shapes would count as training
@@ -530,7 +546,7 @@ def main() -> None:
     parser.add_argument("--corpus", metavar="PATH", help="text, JSONL or Parquet (column `text`)")
     args = parser.parse_args()
     sys.path.append(str(Path(__file__).resolve().parent))  # which python -I leaves out
-    from dataset import ensure_rows  # which imports this file
+    from pretokenize import ensure_rows  # which imports this file
 
     try:
         scale = current_scale()

@@ -216,7 +216,6 @@ def effect(worse: Stack, better: Stack, noise: Noise) -> Effect:
     for stack in (worse, better):
         if stack.done.status == "crash" or not stack.done.values:
             return Effect(reason=f"{stack.name} fails: {stack.done.reason}")
-    noise = noise.between(worse.done, better.done)
     gain, error = noise.compare(undisturbed([worse.done]), undisturbed([better.done]))
     return Effect(gain, student(noise.freedom, ONE_SIDED) * error)
 
@@ -276,7 +275,7 @@ def promote(args: argparse.Namespace) -> None:
     parts = {n: Stack(f"without {n}", text) for n, text in trimmed.items() if text is not None}
     with status_line():
         measure(small, [baseline, whole, *parts.values()], args.runs, args.slots)
-    noise = noise_of([baseline, whole, *parts.values()], run.sigma())
+    noise = noise_of([baseline, whole, *parts.values()], run.noise().sigma)
     total = effect(baseline, whole, noise)
     found(run).unlink(missing_ok=True)
     conclude(run, f"all {len(kept)} kept together: {total}, {total.verdict()}")
@@ -397,7 +396,7 @@ def finish(
         with status_line():
             measure(again, [first, final], args.runs, args.slots)
         baseline = first
-    gain = effect(baseline, final, noise_of([baseline, final], run.sigma()))
+    gain = effect(baseline, final, noise_of([baseline, final], run.noise().sigma))
     name = write_branch(run, taken)
     conclude(run, f"{len(taken)} commits hold, together {gain} in fresh runs: {name}")
     conclude(run, f"take them: git cherry-pick {run.start[:7]}..{name}")

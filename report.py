@@ -223,12 +223,11 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], float]:
     base, best = run.scores_of(0), run.best()
     fresh = undisturbed([e for e in run.of(best.number) if e.status == "measure"])
     scores = fresh or run.scores_of(best.number)
-    gain, error = noise.between(run.history[0], best).compare(base, scores)
-    kept = [e for e in run.tried() if e.status == "keep"]
-    size = itertools.takewhile(lambda e: e.params_M == best.params_M, reversed(kept))
-    # Runs of one size share the luck of their seeds: it stays since the first one was kept for it.
-    chosen = [e for e in ([*size][-1], best) if e.number and not (fresh and e is best)]
-    luck = max((luck_of(run, e, noise) * min(1, len(e.values) / len(scores)) for e in chosen),
+    gain, error = noise.compare(base, scores)
+    # The first keep that drew the same numbers was kept for their luck too, which the best has.
+    common = ((e, undisturbed([e]).keys() & scores.keys()) for e in run.tried())
+    kept = [(e, len(keys) / len(scores)) for e, keys in common if e.status == "keep" and keys]
+    luck = max((luck_of(run, e, noise) * share for e, share in kept[:1] + kept[-1:] if e.number),
                default=0.0)  # on average: it may as well be twice that
     half = student(noise.freedom) * math.hypot(error, luck)
     return gain - luck, half, list(scores.values()), luck
@@ -284,15 +283,15 @@ def verdict(run: Run, noise: Noise) -> list[str]:
                     if e.status == "keep" and e.gain is not None)  # fmt: skip
         words.append(f"Of {count['keep']} keeps about {false:.1f} may have gained nothing.")
     words.append(f"Two runs of the same code differ by {noise.sigma:.6f} (sigma, "
-                 f"{noise.freedom:.0f} degrees of freedom); on one seed {noise.shared:.2f} of the "
-                 "variance is shared by two versions of it.")
+                 f"{noise.freedom:.0f} degrees of freedom); {noise.shared:.2f} of the variance is "
+                 "shared by two versions of it that draw the same numbers on one seed.")
     return words
 
 
 def keep_error(run: Run, done: Experiment, noise: Noise) -> float:
     """Standard error of a gain, by the runs of both sides as they were then."""
     then = [e for e in run.of(done.base) if e.order < done.order] or run.of(done.base)
-    return noise.between(then[0], done).compare(undisturbed(then), undisturbed([done]))[1]
+    return noise.compare(undisturbed(then), undisturbed([done]))[1]
 
 
 def kept_commit(run: Run, done: Experiment, noise: Noise) -> dict[str, Any]:
@@ -309,7 +308,7 @@ def kept_commit(run: Run, done: Experiment, noise: Noise) -> dict[str, Any]:
              "lines": f"+{added} −{sum(line.startswith('-') for line in diff[2:])} lines",
              "gain": "adopted" if done.gain is None else f"{done.gain:.6f} ± {half:.6f}"}
     if all(hidden):
-        gain, _ = noise.between(base, done).compare(*hidden)
+        gain, _ = noise.compare(*hidden)
         facts["hidden"] = f"{gain:.6f} on the hidden split"
     if by_tokens is not None and done.gain is not None:
         facts["speed"] = f"{by_tokens:.6f} by tokens trained, {done.gain - by_tokens:.6f} per step"

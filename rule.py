@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import statistics
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
 
 PRIOR_RUNS = 5  # pseudo-observations that the scale's prior of sigma counts for
 SIGMA_MOST = 3.0  # times sigma, that one run can tell of it
-SHARES = [1 - n / 100 for n in range(1, 101)]  # of the variance, by two programs on one seed
-DOUBT = 3  # that two of different size share anything, whose weights start from other draws
+SHARES = [1 - n / 100 for n in range(1, 101)]  # of the variance, by two runs that drew the same
 SUSPICIOUS_SIGMAS, SUSPICIOUS_SHARE = 10.0, 0.05
 RUNS_MOST = 4  # of an experiment, before it is dropped as not confirmed
 AT_ONCE = 3.4  # standard errors: then one run is enough
@@ -27,7 +25,7 @@ AT_ONCE = 3.4  # standard errors: then one run is enough
 WEALTH, PAY, RISK_SHARE, RISK_MOST = 0.02, 2.5, 0.1, 0.2
 RISK_LEAST = 1 - statistics.NormalDist().cdf(AT_ONCE)  # even after 500 drops
 ADOPTED = "adopted"  # a person's own commit on the run's branch: kept, whatever it scores
-Scores = dict[Any, float]  # val_bpb by seed
+Scores = dict[Any, float]  # val_bpb by (seed, draws): equal keys share luck
 
 
 @dataclass(frozen=True)
@@ -35,21 +33,15 @@ class Noise:
     """How far runs of the same code lie apart."""
 
     sigma: float  # their standard deviation
-    shared: float = 0.0  # of the variance, by two programs' runs on one seed
+    shared: float = 0.0  # of the variance, by two programs' runs that drew the same numbers
     freedom: float = math.inf  # degrees, of sigma
-    resized: float = 0.0  # shared by two of different size
-
-    def between(self, old: Experiment, new: Experiment) -> Noise:
-        """What is to be taken for comparing these."""
-        same = old.params_M == new.params_M
-        return self if same else replace(self, shared=self.resized)
 
     def compare(self, old: Scores, new: Scores) -> tuple[float, float]:
         """(by how much `new` lies below `old`, the standard error of that).
 
-        Generalised least squares for the two means: runs on one seed have the correlation `shared`,
-        all others none. Pairs take away the luck that is common, and what one side has on more
-        seeds than the other tells how much luck that was.
+        Generalised least squares for the two means: runs under one key have the correlation
+        `shared`, all others none. Pairs take away the luck that is common, and what one side has
+        more runs of than the other tells how much luck that was.
         """
         common = old.keys() & new.keys()
         weight = 1 / (1 - self.shared**2)
@@ -63,13 +55,11 @@ class Noise:
         return round(gain, 12), self.sigma * math.sqrt(variance)  # of equal scores nothing
 
 
-def estimate(
-    prior: float, repeated: list[list[float]], pairs: list[tuple[bool, list[float]]]
-) -> Noise:
+def estimate(prior: float, repeated: list[list[float]], pairs: list[list[float]]) -> Noise:
     """Noise, by the scale's prior of sigma and by all that was run more than once.
 
-    repeated: val_bpb of each program's runs, the baseline's first. pairs: whether a candidate and
-    what it was made of are of one size, and by how much it lies below it on each seed of both.
+    repeated: val_bpb of each program's runs, the baseline's first. pairs: by how much a candidate
+    lies below what it was made of, in each pair of runs that drew the same numbers.
 
     A run counts no more than SIGMA_MOST times what prior and baseline, a person's code, say: one
     program that diverges on its second seed must not make noise of all gains to come.
@@ -80,15 +70,13 @@ def estimate(
             squares += squares_of(values, most)
             freedom += len(values) - 1
         most = min(most, SIGMA_MOST**2 * squares / freedom)  # after the first, the baseline
-    variance, apart, known = squares / freedom, Counter(), Counter()
-    for same, changes in pairs:
+    variance, apart, known = squares / freedom, 0.0, 0
+    for changes in pairs:
         if len(changes) > 1:
-            most = SIGMA_MOST**2 * (2 * variance + apart[same]) / (1 + known[same])
-            apart[same] += squares_of(changes, most)
-            known[same] += len(changes) - 1
-    shared = expected_share(apart[True] / variance, known[True])
-    resized = expected_share(apart[False] / variance, known[False], DOUBT)
-    return Noise(math.sqrt(variance), shared, freedom, resized)
+            most = SIGMA_MOST**2 * (2 * variance + apart) / (1 + known)
+            apart += squares_of(changes, most)
+            known += len(changes) - 1
+    return Noise(math.sqrt(variance), expected_share(apart / variance, known), freedom)
 
 
 def squares_of(values: list[float], most: float) -> float:
@@ -96,15 +84,15 @@ def squares_of(values: list[float], most: float) -> float:
     return sum(min(most, (value - mean) ** 2) for value in values)
 
 
-def expected_share(squares: float, freedom: int, doubt: int = 0) -> float:
-    """What two programs share of the variance on one seed, by Bayes: `squares` of differences on
-    equal seeds, around their means and over the variance, have that many degrees of freedom.
+def expected_share(squares: float, freedom: int) -> float:
+    """The share of the variance that is common to two runs that drew the same numbers, by Bayes:
+    `squares` of differences in such pairs, around their means and over the variance, have that
+    many degrees of freedom.
 
-    At first a share is as probable as (1 - share)**doubt. So even two pairs that agree well tell
-    much, where pseudo-observations of a single value would outvote ten.
+    At first all shares are equally probable. So even two pairs that agree well tell much, where
+    pseudo-observations of a single value would outvote ten.
     """
-    logs = [(doubt - freedom / 2) * math.log(1 - share) - squares / 4 / (1 - share)
-            for share in SHARES]
+    logs = [-freedom / 2 * math.log(1 - share) - squares / 4 / (1 - share) for share in SHARES]
     most = max(logs)
     likely = [math.exp(log - most) for log in logs]
     return sum(map(operator.mul, SHARES, likely)) / sum(likely)
@@ -122,7 +110,7 @@ def level(history: list[Experiment]) -> float:
         risk = min(RISK_MOST, RISK_SHARE * wealth)
         if e.number and e.status == "keep" and not e.reason:
             wealth += PAY - risk
-        elif e.number and e.status in ("keep", "discard") and e.reason != ADOPTED:
+        elif e.number and e.status in ("keep", "discard") and e.values and e.reason != ADOPTED:
             wealth -= risk / (1 - risk)
     return max(RISK_LEAST, min(RISK_MOST, RISK_SHARE * wealth))
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"AUTORESEARCH_SCALE": "cpu", "AUTORESEARCH_BUDGET_TOKENS": "40960"}
 
-import dataset  # noqa: E402
 import prepare  # noqa: E402
+import pretokenize  # noqa: E402
 import referee  # noqa: E402
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--means", default="")
     args = parser.parse_args()
     scale = prepare.current_scale()
-    rows = dataset.ensure_rows(scale, None)
+    rows = pretokenize.ensure_rows(scale, None)
     os.environ["AUTORESEARCH_ROWS"] = str(rows)
     read, _ = os.pipe()
     sys.stdin = os.fdopen(read)  # its end would tell the referee that nobody waits

@@ -18,7 +18,7 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import bench_upstream
-from bench_upstream import ROOT, dataset, prepare
+from bench_upstream import ROOT, prepare, pretokenize
 
 EDITS = {  # name: (search, replace)
     "nothing": ("", ""),
@@ -44,7 +44,7 @@ def main() -> None:
     if args.budget:
         os.environ["AUTORESEARCH_BUDGET"] = args.budget
     scale = prepare.current_scale()
-    dataset.ensure_rows(scale, None)
+    pretokenize.ensure_rows(scale, None)
     source = (ROOT / "train.py").read_text(encoding="utf-8")
     versions = {"train.py": source}
     for name, (search, replace) in EDITS.items():

@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import dataset  # noqa: E402
 import prepare  # noqa: E402
+import pretokenize  # noqa: E402
 
 SIZES = ("DEPTH", "ASPECT_RATIO", "HEAD_DIM", "TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE")
 COMPARED = ("val_bpb", "tokens_s", "num_steps", "peak_vram_mb")
@@ -131,7 +131,7 @@ def main() -> None:
     path = args.path / "train.py" if args.path.is_dir() else args.path
     theirs = path.read_text(encoding="utf-8")
     ours = (ROOT / "train.py").read_text(encoding="utf-8")
-    dataset.ensure_rows(scale, None)
+    pretokenize.ensure_rows(scale, None)
     sizes = constants(ours, scale.name) if on_cpu else {}
     if args.depth:
         sizes |= {"DEPTH": args.depth, "ASPECT_RATIO": -(-args.width // args.depth)}

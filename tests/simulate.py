@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import agent  # noqa: E402
 import report  # noqa: E402
-from journal import Experiment, Run  # noqa: E402
+from journal import Experiment, Run, undisturbed  # noqa: E402
 from rule import judge, level  # noqa: E402
 
 SIGMAS = (0.2, 0.33, 0.5)
@@ -76,7 +76,7 @@ class Night:
     def measure(self, done: Experiment, truth: float) -> None:
         """One run more, on a seed that all have, or on one of its own."""
         self.left -= 1
-        known = {*self.run.scores_of(done.number), *done.seeds}
+        known = {*self.run.seeds_of(done.number), *done.seeds}
         seeds = itertools.count() if self.rule.equal else self.seeds
         seed = next(seed for seed in seeds if seed not in known)
         done.seeds.append(seed)
@@ -88,7 +88,7 @@ class Night:
             self.luck[seed] = self.choose.gauss(0, self.sigma * self.common**0.5)
         return truth + self.luck[seed] + self.choose.gauss(0, self.sigma * (1 - self.common) ** 0.5)
 
-    def best(self) -> dict[int, float]:
+    def best(self) -> dict[tuple[int, float], float]:
         return self.run.scores_of(self.run.best().number)
 
     def note(self, done: Experiment) -> None:
@@ -107,12 +107,11 @@ class Night:
         best, risk = self.best(), level(self.run.history)
         while done.status == "again" and self.left > 0:
             self.measure(done, self.truth - gain)
-            scores = dict(zip(done.seeds, done.values, strict=True))
-            if self.rule.equal and not scores.keys() <= best.keys():
+            scores = undisturbed([done])
+            if self.rule.equal and not {*done.seeds} <= self.run.seeds_of(done.base):
                 self.measure_best()
                 best = self.best()
             noise = self.run.noise(done) if len(scores) > 1 else self.noise
-            noise = noise.between(self.run.best(), done)
             done.status, done.reason = self.rule.judge(scores, best, noise, risk)
         if done.status == "keep":
             self.keeps, self.false = self.keeps + 1, self.false + (gain <= 0)
@@ -216,7 +215,7 @@ RULES = {"greedy: keep any drop": (Greedy, COMMON), "4 sigma, or two runs": (Bef
          "this rule, nothing in common": (Ours, 0.0)}  # fmt: skip
 
 
-def mean_of(scores: dict[int, float]) -> float:
+def mean_of(scores: dict[tuple[int, float], float]) -> float:
     return statistics.fmean(scores.values())
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TOY, sh
 
-import dataset
 import prepare
+import pretokenize
 from prepare import Crash, Scale, SetupError
 
 SMALL = Scale("small", "stdlib", 512, 32, "tokens", 4096, 8192, 0, 0.01)
@@ -25,7 +25,7 @@ def corpus(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for index, path in enumerate(dataset.corpus_files(None)[:60]):
+    for index, path in enumerate(pretokenize.corpus_files(None)[:60]):
         (folder / f"{index}.txt").write_bytes(path.read_bytes())
     rows = [json.dumps({"text": f"json document {n} " * 40}) for n in range(200)]
     (folder / "more.jsonl").write_text("\n".join(rows))
@@ -48,7 +48,7 @@ def texts_of(folder, split):
 
 
 def test_rows_are_full_start_with_bos_and_splits_share_no_document(corpus):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     seen = {}
     for split in ("train", "val", "hidden"):
         rows = rows_of(folder, split)
@@ -67,7 +67,7 @@ def test_packing_loses_almost_nothing_and_every_document_starts_with_bos():
     documents = [
         generator.integers(0, 500, n).astype(np.uint16) for n in generator.integers(1, 300, 500)
     ]
-    rows = np.stack(list(dataset.pack(documents, 65, 511)))
+    rows = np.stack(list(pretokenize.pack(documents, 65, 511)))
     pieces = sum(math.ceil(len(d) / 64) for d in documents)
     tokens = sum(map(len, documents)) + pieces
     assert (rows[:, 0] == 511).all() and 0.97 * tokens < rows.size <= tokens
@@ -75,7 +75,7 @@ def test_packing_loses_almost_nothing_and_every_document_starts_with_bos():
 
 
 def test_preparation_is_repeatable_and_interrupted_it_leaves_nothing_complete(corpus, monkeypatch):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     first = (folder / "manifest.json").read_bytes()
     (folder / "manifest.json").unlink()
     with monkeypatch.context() as patch:
@@ -83,19 +83,19 @@ def test_preparation_is_repeatable_and_interrupted_it_leaves_nothing_complete(co
             prepare.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            dataset.ensure_rows(SMALL, str(corpus))
+            pretokenize.ensure_rows(SMALL, str(corpus))
     assert not (folder / "manifest.json").exists() and not (folder / "train.bin").exists()
-    assert dataset.ensure_rows(SMALL, str(corpus)) == folder
+    assert pretokenize.ensure_rows(SMALL, str(corpus)) == folder
     assert (folder / "manifest.json").read_bytes() == first
 
 
 def test_altered_rows_are_noticed(corpus):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     data = bytearray((folder / "val.bin").read_bytes())
     data[100] ^= 1
     (folder / "val.bin").write_bytes(data)
     with pytest.raises(SetupError, match="val.bin"):
-        dataset.ensure_rows(SMALL, str(corpus))
+        pretokenize.ensure_rows(SMALL, str(corpus))
 
 
 def test_climbmix_shards_come_through_datasets_and_a_missing_one_is_named(tmp_path, monkeypatch):
@@ -103,21 +103,21 @@ def test_climbmix_shards_come_through_datasets_and_a_missing_one_is_named(tmp_pa
     import pyarrow
     import pyarrow.parquet
 
-    texts = [path.read_text(errors="replace") for path in dataset.corpus_files(None)[:40]]
+    texts = [path.read_text(errors="replace") for path in pretokenize.corpus_files(None)[:40]]
     for number, index in enumerate((0, 1, prepare.HIDDEN_SHARD, prepare.VAL_SHARD)):
         table = pyarrow.table({"text": texts[number * 10 : number * 10 + 10]})
         pyarrow.parquet.write_table(
             table, tmp_path / f"shard_{index:05d}.parquet", row_group_size=4
         )
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dataset, "CLIMBMIX", str(tmp_path))
+    monkeypatch.setattr(pretokenize, "CLIMBMIX", str(tmp_path))
     scale = dataclasses.replace(SMALL, corpus="climbmix", shards=3)
     with pytest.raises(SetupError, match="shard_00002.parquet"):
-        dataset.ensure_rows(scale, None)
+        pretokenize.ensure_rows(scale, None)
     folder = prepare.rows_folder(scale)[0]
     assert not (folder / "manifest.json").exists()
     scale = dataclasses.replace(scale, shards=2)
-    folder = dataset.ensure_rows(scale, None)
+    folder = pretokenize.ensure_rows(scale, None)
     for split, shard in (("train", texts[:20]), ("hidden", texts[20:30]), ("val", texts[30:])):
         found = [text in "\0".join(shard) for text in texts_of(folder, split)]
         assert sum(found) > 0.5 * len(found), split  # the others are packed of several pieces
@@ -137,18 +137,17 @@ def test_interrupted_climbmix_goes_on_with_the_first_missing_shard(tmp_path, mon
         read.append(index)
         if index == 1 and len(read) < 6:
             raise SetupError("shard_00001.parquet: gone", "again")
-        yield from (
-            p.read_text(errors="replace") for p in dataset.corpus_files(None)[index % 7 * 8 :][:8]
-        )
+        files = pretokenize.corpus_files(None)[index % 7 * 8 :][:8]
+        yield from (path.read_text(errors="replace") for path in files)
 
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(dataset, "climbmix_shard", shard)
-    monkeypatch.setattr(dataset, "TOKENIZER_CHARS", 50_000)
+    monkeypatch.setattr(pretokenize, "climbmix_shard", shard)
+    monkeypatch.setattr(pretokenize, "TOKENIZER_CHARS", 50_000)
     scale = dataclasses.replace(SMALL, corpus="climbmix", shards=2)
     with pytest.raises(SetupError):
-        dataset.ensure_rows(scale, None)
+        pretokenize.ensure_rows(scale, None)
     assert read == [0, prepare.VAL_SHARD, prepare.HIDDEN_SHARD, 0, 1]
-    dataset.ensure_rows(scale, None)
+    pretokenize.ensure_rows(scale, None)
     assert read[5:] == [1]
 
 
@@ -156,12 +155,12 @@ def test_column_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(SetupError, match="column `text`"):
-        dataset.ensure_rows(SMALL, str(tmp_path / "a.jsonl"))
+        pretokenize.ensure_rows(SMALL, str(tmp_path / "a.jsonl"))
 
 
 def test_evaluate_agrees_with_a_naive_oracle(corpus):
     """Summed over single tokens in float64, BOS left out."""
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     torch.manual_seed(0)
     table = torch.randn(512, 512)
     rows, (_, bytes_of) = rows_of(folder, "val").astype(np.int64), prepare.load_tokenizer(folder)
@@ -179,7 +178,7 @@ def test_evaluate_agrees_with_a_naive_oracle(corpus):
 
 
 def test_uniform_logits_score_the_bits_of_the_vocabulary(corpus):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     bytes_of = np.array(prepare.load_tokenizer(folder)[1])
     targets = bytes_of[rows_of(folder, "val")[:, 1:]]
     expected = math.log2(512) * (targets > 0).sum() / targets.sum()
@@ -192,13 +191,13 @@ def test_uniform_logits_score_the_bits_of_the_vocabulary(corpus):
     [lambda x: torch.full((*x.shape, 512), math.nan), lambda x: torch.zeros(*x.shape, 511)],
 )
 def test_logits_that_are_none_are_a_crash(corpus, answer):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     with pytest.raises(Crash):
         prepare.evaluate(answer, folder, "val", SMALL)
 
 
 def test_batches_serve_the_budget_in_tokens_and_repeat_with_the_seed(corpus, monkeypatch):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     monkeypatch.setenv("AUTORESEARCH_ROWS", str(folder))
     monkeypatch.setattr(prepare, "current_scale", lambda: SMALL)
 
@@ -219,7 +218,7 @@ def test_batches_serve_the_budget_in_tokens_and_repeat_with_the_seed(corpus, mon
 
 
 def test_cpu_clock_stops_after_its_seconds_of_work_not_of_waiting(corpus, monkeypatch):
-    folder = dataset.ensure_rows(SMALL, str(corpus))
+    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     scale = dataclasses.replace(SMALL, clock="cpu", budget=0.2)
     monkeypatch.setenv("AUTORESEARCH_ROWS", str(folder))
     monkeypatch.setattr(prepare, "current_scale", lambda: scale)

@@ -131,11 +131,11 @@ def test_intervals_of_a_gain_hold_what_they_say():
     assert 930 <= held <= 970
 
 
-def test_the_luck_of_a_size_is_taken_off_when_its_runs_are_not_those_of_the_best():
-    """The second keep's gain is sure; its runs are as lucky as those of the first of its size."""
-    def kept(number, values, gain, size):
+def test_the_luck_of_draws_is_taken_off_when_its_runs_are_not_those_of_the_best():
+    """The second keep's gain is sure; its runs are as lucky as those of the first that drew so."""
+    def kept(number, values, gain, drawn):
         return Experiment(number, "", status="keep", values=values, seeds=[1, 2], order=number,
-                          base=max(0, number - 1), gain=gain, params_M=size)  # fmt: skip
+                          base=max(0, number - 1), gain=gain, draws=[drawn] * 2)  # fmt: skip
 
     first, second = kept(0, [1.0, 1.0], None, 1.0), kept(1, [0.98, 0.98], 0.02, 2.0)
     run = Run("t", {"sigma": 0.01}, "", [first, second, kept(2, [0.9, 0.9], 0.08, 2.0)])
@@ -143,8 +143,11 @@ def test_the_luck_of_a_size_is_taken_off_when_its_runs_are_not_those_of_the_best
     gain, half, _, luck = report.gain_of(run, noise)
     assert gain + luck == pytest.approx(0.1) and half > luck
     assert luck == report.luck_of(run, second, noise) > report.luck_of(run, run.best(), noise)
-    second.params_M = 1.0  # then the best is the first of its size, and its gain is as sure
-    assert report.gain_of(run, Noise(0.01, shared=0.99, resized=0.99))[3] < luck / 10
+    second.draws = [1.0] * 2  # then the best is the first that drew so, and its gain is as sure
+    assert report.gain_of(run, noise)[3] < luck / 10
+    fresh = Experiment(2, "", status="measure", values=[0.9], seeds=[3], draws=[2.0], after=2)
+    run.history.append(fresh)  # on a seed that none was kept for
+    assert report.gain_of(run, noise)[3] == 0
 
 
 def test_quantiles_of_student():

@@ -34,21 +34,18 @@ def test_a_night_where_nothing_can_be_found_keeps_nothing():
     assert simulate.nights_without_keep(simulate.Greedy, 0.33, 100) < 0.3
 
 
-class Resized(simulate.Night):
-    """Every third idea has weights of another size, whose draws are the luck of that size alone."""
+class Redrawn(simulate.Night):
+    """Every third idea has other initial weights, whose luck its successors have too."""
 
     def score(self, done, seed, truth):
-        base = self.run.best().params_M if self.run.history else 0.0
-        if done.status == "measure" or done.number % 3:
-            done.params_M = base
-        else:
-            done.params_M = float(done.number)
-        return super().score(done, (seed, done.params_M), truth)
+        base = self.run.best().draws[0] if self.run.history else 0.0
+        done.draws.append(base if done.status == "measure" or done.number % 3 else done.number)
+        return super().score(done, (seed, done.draws[-1]), truth)
 
 
 @pytest.mark.slow
-def test_the_luck_of_a_size_is_neither_kept_nor_believed():
-    """Runs of one size share most of their luck, so that a lucky size stays lucky on its seeds."""
-    nights = [Resized(simulate.Ours, 0.33, seed, 0.9) for seed in range(400)]
+def test_the_luck_of_other_draws_is_neither_kept_nor_believed():
+    """Equal draws share most of their luck, so that who drew well stays lucky on its seeds."""
+    nights = [Redrawn(simulate.Ours, 0.33, seed, 0.9) for seed in range(400)]
     assert sum(night.false for night in nights) / sum(night.keeps for night in nights) <= 0.11
     assert statistics.fmean(night.covered() for night in nights if night.keeps) >= 0.93

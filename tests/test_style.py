@@ -12,14 +12,14 @@ from conftest import ROOT
 import cluster
 
 CEILINGS = {
-    "prepare.py": 565,
-    "dataset.py": 275,
+    "prepare.py": 580,
+    "pretokenize.py": 275,
     "referee.py": 610,
     "warden.py": 785,
     "train.py": 670,
     "full.py": 115,
     "agent.py": 855,
-    "rule.py": 155,
+    "rule.py": 145,
     "slots.py": 470,
     "cluster.py": 325,
     "journal.py": 675,
@@ -29,7 +29,7 @@ CEILINGS = {
     "researcher.py": 500,
     "digest.py": 315,
     "program.md": 120,
-    "README.md": 180,
+    "README.md": 176,
 }
 PYTHON = [name for name in CEILINGS if name.endswith(".py")]
 
