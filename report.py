@@ -194,7 +194,7 @@ def report_run(run: Run) -> Report:
     report.words = verdict(run, noise)
     report.keeps = [kept_commit(run, e, noise) for e in run.experiments() if e.status == "keep"]
     tried = run.experiments()
-    near = [f"{line}" for line in near_misses(tried, noise.sigma)]
+    near = near_misses(tried, noise.sigma)
     ideas = ROOT / "ideas.md"
     text = ideas.read_text(encoding="utf-8", errors="replace") if ideas.exists() else ""
     crashed = [html.unescape(line.replace("<log>", "").replace("</log>", ""))
@@ -244,7 +244,7 @@ def luck_of(run: Run, done: Experiment, noise: Noise) -> float:
         return 0.0  # simpler, or adopted: not kept for its gain
     error, normal = keep_error(run, done, noise), statistics.NormalDist()
     above = done.gain / error - (KEPT_AGAIN if len(done.values) > 1 else AT_ONCE)
-    return error * normal.pdf(above) / max(normal.cdf(above), 1e-9)
+    return error * normal.pdf(above) / normal.cdf(above)
 
 
 def verdict(run: Run, noise: Noise) -> list[str]:
@@ -276,9 +276,9 @@ def verdict(run: Run, noise: Noise) -> list[str]:
         low = min(v for e in run.history for v in e.values if e.believed())
         claimed = first.values[0] - low if first.values else math.nan
         if claimed > 0:
-            luck = 100 * min(1.0, max(0.0, 1 - gain / claimed))
+            share = 100 * min(1.0, max(0.0, 1 - gain / claimed))
             words.append(f"The lowest single number is {low:.6f}: a search that believes it "
-                         f"claims {claimed:.6f}, of which {luck:.0f} % is luck.")
+                         f"claims {claimed:.6f}, of which {share:.0f} % is luck.")
         false = sum(false_keep(e.gain, keep_error(run, e, noise)) for e in tried
                     if e.status == "keep" and e.gain is not None)  # fmt: skip
         words.append(f"Of {count['keep']} keeps about {false:.1f} may have gained nothing.")
