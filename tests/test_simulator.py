@@ -71,7 +71,7 @@ def test_an_idea_runs_again_on_a_seed_that_its_base_has_run_on():
 
     def train_once(run, task, *rest):
         if task.kind == "idea" and task.done.runs and night.clock.now < night.until:
-            paired.append(task.seed in run.scores_of(task.base.number))
+            paired.append(task.seed in run.seeds_of(task.base.number))
         return inner(run, task, *rest)
 
     night.train_once = train_once
