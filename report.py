@@ -270,7 +270,7 @@ def verdict(run: Run, noise: Noise) -> list[str]:
                      f"{best.description}.")
         real = "real" if gain > half else "not told from nothing"
         words.append(f"The gain is {gain:.6f} ± {half:.6f} (95 %): {real}.")
-        if luck:
+        if round(luck, 6):
             words.append("The best is judged by runs that it was chosen by; what that makes it too "
                          f"good by, {luck:.6f}, is taken off.")
         low = min(v for e in run.history for v in e.values if e.believed())
