@@ -73,7 +73,7 @@ from journal import (
     undisturbed,
     write_commit,
 )
-from prepare import SetupError, hide_memory, scale_named, write_atomic
+from prepare import SetupError, hide_memory, rows_folder, scale_named, write_atomic
 from proposals import Edit, Proposal, Proposer, Rejected, complete, identify
 from researcher import MODEL, CapReached, choose_proposer
 from rule import ADOPTED, Noise, judge, level
@@ -733,7 +733,7 @@ def night(args: argparse.Namespace) -> None:
     own = re.fullmatch("refs/heads/autoresearch/(.+)", head)
     if own and args.tag in (None, own[1]):
         raise SetupError(f"HEAD is on the run's own branch autoresearch/{own[1]}", "git switch -")
-    scale_named(os.environ.get("AUTORESEARCH_SCALE") or "cpu")
+    rows_folder(scale_named(os.environ.get("AUTORESEARCH_SCALE") or "cpu"), args.corpus)
     if args.tag and not re.fullmatch(r"(?!.*(\.\.|\.lock$|\.$))\w[\w.-]*", args.tag, re.A):
         said = f"--tag {args.tag}: it must do as a branch name, of letters, digits, dots and dashes"
         raise SetupError(said, "python agent.py --tag a1")

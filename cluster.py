@@ -49,7 +49,7 @@ from slots import Task, check_trusted, measure, trusted_command
 from warden import MEMORY_SHARE, memory_available
 
 PROGRAMS = (
-    *TRUSTED, "agent.py", "cluster.py", "pretokenize.py", "digest.py", "journal.py", "proposals.py",
+    *TRUSTED, "agent.py", "cluster.py", "digest.py", "journal.py", "pretokenize.py", "proposals.py",
     "researcher.py", "rule.py", "slots.py",
 )  # fmt: skip
 CPUS = 2  # of a run without a GPU

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-PROGRAM = ("agent.py", "cluster.py", "pretokenize.py", "digest.py", "full.py", "journal.py",
+PROGRAM = ("agent.py", "cluster.py", "digest.py", "full.py", "journal.py", "pretokenize.py",
            "promote.py", "proposals.py", "report.py", "researcher.py", "rule.py",
            "slots.py")  # fmt: skip
 TRUSTED = ("prepare.py", "referee.py", "warden.py")

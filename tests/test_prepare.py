@@ -217,6 +217,23 @@ def test_batches_serve_the_budget_in_tokens_and_repeat_with_the_seed(corpus, mon
         next(prepare.batches(0, torch.device("cpu")))
 
 
+def test_draws_tell_who_drew_the_same_numbers_before_the_first_batch(corpus, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_ROWS", str(pretokenize.ensure_rows(SMALL, str(corpus))))
+    monkeypatch.setattr(prepare, "current_scale", lambda: SMALL)
+
+    def draws(seed, *shapes):
+        monkeypatch.setattr(prepare, "SPENT", prepare.Spent())
+        torch.manual_seed(seed)
+        for shape in shapes:
+            torch.nn.Linear(*shape)
+        for _ in prepare.batches(16, torch.device("cpu")):
+            torch.rand(3)  # dropout, say
+        return prepare.SPENT.draws
+
+    assert draws(1, (4, 8), (8, 2)) == draws(1, (4, 8), (8, 2)) > 0
+    assert len({draws(1, (4, 8)), draws(2, (4, 8)), draws(1, (4, 9)), draws(1)}) == 4
+
+
 def test_cpu_clock_stops_after_its_seconds_of_work_not_of_waiting(corpus, monkeypatch):
     folder = pretokenize.ensure_rows(SMALL, str(corpus))
     scale = dataclasses.replace(SMALL, clock="cpu", budget=0.2)
@@ -248,4 +265,5 @@ def test_by_hand_and_under_the_referee_a_model_scores_the_same(checkout):
     result = json.loads((folder / "result.json").read_text())
     assert f"val_bpb:          {result['val_bpb']:.6f}" in by_hand.stdout
     assert prepare.summary(result) in (folder / "run.log").read_text()
+    assert result["draws"] > 0
     assert not list(folder.glob("work-*"))

@@ -258,3 +258,9 @@ def test_diverging_run_ends_early_with_its_reason(cpu_rows, tmp_path):
     environment = cpu_rows | {"PYTHONPATH": str(ROOT), "AUTORESEARCH_BUDGET_TOKENS": "409600"}
     done = sh(sys.executable, "train.py", cwd=tmp_path, env=environment)
     assert done.returncode == 1 and "FloatingPointError: loss is nan" in done.stderr
+
+
+def test_first_steps_may_leap_but_not_far(train):
+    assert train.report(3, 0.1, lambda: 7.3, 6.2) == 6.2
+    with pytest.raises(FloatingPointError, match="loss is 9.3 at step 3, was 6.2"):
+        train.report(3, 0.1, lambda: 9.3, 6.2)
