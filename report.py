@@ -228,8 +228,8 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], float]:
     common = ((e, undisturbed([e]).keys() & scores.keys()) for e in run.tried())
     kept = [(e, len(keys) / len(scores)) for e, keys in common if e.status == "keep" and keys]
     luck = max((luck_of(run, e, noise) * share for e, share in kept[:1] + kept[-1:] if e.number),
-               default=0.0)  # on average: it may as well be twice that
-    half = student(noise.freedom) * math.hypot(error, luck)
+               default=0.0)  # on average: how far it is from that is by tests/simulate.py
+    half = student(noise.freedom) * math.hypot(error, luck / 2)
     return gain - luck, half, list(scores.values()), luck
 
 
