@@ -88,6 +88,7 @@ class Checkout:
         for name in (*PROGRAM, *TRUSTED, "program.md", ".gitignore"):
             shutil.copy(ROOT / name, folder)
         self.exchange("prepare.py", r'Scale\("cpu", .*?\)', TINY)
+        self.exchange("prepare.py", "import torch._dynamo  #", "import torch  #")  # TOY needs none
         self.exchange("agent.py", r"\nBASELINE_RUNS = 3", f"\nBASELINE_RUNS = {baseline_runs}")
         self.exchange("journal.py", "\nSLOWER = 0.10", "\nSLOWER = 0.99")  # milliseconds vary
         self.exchange("slots.py", "\nSCREEN_TOKENS, SCREEN_SECONDS = 4300",
