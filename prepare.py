@@ -555,14 +555,15 @@ def main() -> None:
         raise SetupError(str(error), "AUTORESEARCH_CACHE=/path python agent.py; df -h") from error
     except KeyboardInterrupt:
         sys.exit(130)
-    import torch
+    manifest, kinds = (folder / "manifest.json").read_bytes(), []
+    if scale.name != "cpu":  # which trains on no GPU, and need not wait for torch
+        import torch
 
-    manifest = (folder / "manifest.json").read_bytes()
-    cpu, gpus = f"CPU, {os.cpu_count()} cores", range(torch.cuda.device_count())
+        cards = range(torch.cuda.device_count())
+        kinds = [torch.cuda.get_device_properties(index) for index in cards]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    kinds = [torch.cuda.get_device_properties(index) for index in gpus]
     facts = dataclasses.asdict(scale) | {
-        "device": kinds[0].name if kinds else cpu,
+        "device": kinds[0].name if kinds else f"CPU, {os.cpu_count()} cores",
         "rows": str(folder),
         "source": json.loads(manifest)["source"],
         "tokens": json.loads(manifest)["tokens"],
