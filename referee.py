@@ -365,7 +365,8 @@ class Confined:
         self.await_frame(prepare.READY, timeout, begun + budget + self.slack, late)
         ended = self.clock()
         self.slack -= max(0.0, ended - begun - budget)
-        self.limit = ended + answers_limit + ANSWERS_SECONDS
+        more = STALL_SECONDS if scale.clock == "tokens" else ANSWERS_SECONDS  # that clock: the wall
+        self.limit = ended + answers_limit + more
         self.deadline = time.monotonic() + EVALUATION_SECONDS
         return {"start_seconds": begun, "start_wall_seconds": wall_begun,
                 "training_seconds": ended - begun,
