@@ -19,7 +19,6 @@ from conftest import TOY, sh
 from test_faults import one_error, sharpness, stand_in
 from test_slots import ALL, assert_each_keep_sits_on_what_it_was_measured_against
 
-pytestmark = pytest.mark.xdist_group("cluster")  # one of Ray at a time
 STORE = 80 * 2**20  # bytes of each node's object store
 slow = pytest.mark.slow
 KEY = "sk-of-the-person-who-starts-it"

@@ -19,7 +19,6 @@ from textwrap import dedent, indent
 import pytest
 from conftest import ROOT, Checkout, sh
 
-pytestmark = pytest.mark.xdist_group("honest")  # nights that tests share are spent once
 TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
 # 256 rows of 64 tokens. A large sigma: what is better is not suspicious; few are run twice.
 SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 16384, 0, 0.05)'

@@ -39,7 +39,6 @@ import rule
 if sys.platform != "linux":
     pytest.skip("confinement needs Linux", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("red team")  # nights that tests share are spent once
 # 256 rows of 64 tokens. A large sigma: no verdict but the referee's own drops or repeats a run.
 SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 16384, 0, {sigma})'
 BUDGET_TOKENS = "500000"
