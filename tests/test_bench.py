@@ -96,7 +96,7 @@ def test_both_files_are_trained_on_the_same_rows_and_scored_alike(cpu_rows, tmp_
     assert done.returncode == 0, done.stderr
     theirs, ours = map(float, re.findall(r"val_bpb (\d\.\d{6})", done.stdout))
     assert "attention: SDPA and FlexAttention" in done.stdout
-    assert 1.9 < theirs < 2.6, done.stdout  # what counted bigrams give on these rows
+    assert 1.9 < theirs < 2.3, done.stdout  # what counted bigrams give on these rows
     assert 1.5 < ours < 4, done.stdout  # 1.26 after a minute
     ratio = float(re.search(r"ours / upstream: val_bpb ([\d.]+)", done.stdout)[1])
     assert ratio == pytest.approx(ours / theirs, abs=1e-4)

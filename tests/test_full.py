@@ -59,8 +59,7 @@ def watched(cpu_rows, tmp_path):
         launch = [sys.executable]
         if ranks > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        words = (*launch, script, rows, broken_at, path)
-        done = sh(*words, cwd=tmp_path, env=environment, timeout=600)
+        done = sh(*launch, script, rows, broken_at, path, cwd=tmp_path, env=environment)
         assert (done.returncode == 0) == (broken_at < 0), done.stderr
         return torch.load(path) if broken_at < 0 else None
 

@@ -38,7 +38,7 @@ def proxy(tmp_path):
     home, port, key = tmp_path / "litellm", free_port(), f"sk-{secrets.token_hex(32)}"
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     install = [home / "bin/pip", "install", "--quiet", "litellm[proxy]"]
-    subprocess.run(install, check=True, timeout=1200)
+    subprocess.run(install, check=True, timeout=400)
     model = {"model": "openai/canned", "api_key": "none", "mock_response": CANNED}
     config = {"model_list": [{"model_name": "mine", "litellm_params": model}]}
     (tmp_path / "litellm.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -47,7 +47,7 @@ def proxy(tmp_path):
         [home / "bin/litellm", "--config", tmp_path / "litellm.yaml", "--port", str(port)],
         stdout=log, stderr=log, cwd=tmp_path, env=os.environ | {"LITELLM_MASTER_KEY": key},
     )  # fmt: skip
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
     while True:
         try:
             urllib.request.urlopen(f"{address}/health/liveliness", timeout=5)

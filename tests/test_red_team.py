@@ -39,8 +39,8 @@ import rule
 if sys.platform != "linux":
     pytest.skip("confinement needs Linux", allow_module_level=True)
 
-# 512 rows of 64 tokens. A large sigma: no verdict but the referee's own drops or repeats a run.
-SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 32768, 0, {sigma})'
+# 256 rows of 64 tokens. A large sigma: no verdict but the referee's own drops or repeats a run.
+SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 16384, 0, {sigma})'
 BUDGET_TOKENS = "500000"
 
 # A bigram model. What it learns does not depend on the seed: equal programs have equal scores.
@@ -403,7 +403,7 @@ def night_of(folder, cache):
     @functools.cache
     def spend_night(timed, slow):
         names = [n for n in ATTACKS if (n in CLOCKS, n in SLOW) == (timed, slow)]
-        changes = {"EVALUATION_SECONDS": 30.0} if timed else {}
+        changes = {"EVALUATION_SECONDS": 15.0} if timed else {}
         checkout = make_checkout(folder("night"), cache, **changes)
         checkout.exchange("rule.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all score alike
         checkout.commit_all()
@@ -811,7 +811,7 @@ def test_what_lies_beside_the_interpreter_is_hidden_too(folder, cache):
     path = base / "looks.py"
     path.write_text(toy(end=("import sys", look)), encoding="utf-8")
     done = sh(venv / "bin/python", "agent.py", "--patches", path, "--tag", "t",
-              cwd=checkout.folder, env=checkout.env, timeout=300)  # fmt: skip
+              cwd=checkout.folder, env=checkout.env)  # fmt: skip
     assert done.returncode == 0, done.stderr
     log = Night(checkout, done).log("looks")
     seen = re.findall(r"sees .*/(.+)", log)
