@@ -228,7 +228,7 @@ def gain_of(run: Run, noise: Noise) -> tuple[float, float, list[float], float]:
     common = ((e, undisturbed([e]).keys() & scores.keys()) for e in run.tried())
     kept = [(e, len(keys) / len(scores)) for e, keys in common if e.status == "keep" and keys]
     luck = max((luck_of(run, e, noise) * share for e, share in kept[:1] + kept[-1:] if e.number),
-               default=0.0)  # on average: how far it is from that is by tests/simulate.py
+               default=0.0)  # on average; tests/benchmarks/simulate.py says how far off it is
     half = student(noise.freedom) * math.hypot(error, luck / 2)
     return gain - luck, half, list(scores.values()), luck
 
@@ -238,7 +238,8 @@ def luck_of(run: Run, done: Experiment, noise: Noise) -> float:
 
     The mean of a normal variable above a bar is above its mean by the inverse Mills ratio, here at
     the distance to the bar that was measured. The bar is AT_ONCE for one run, KEPT_AGAIN for
-    more, in standard errors; tests/simulate.py says how often the interval then holds the truth.
+    more, in standard errors; tests/benchmarks/simulate.py says how often the interval then holds
+    the truth.
     """
     if done.gain is None or done.reason:
         return 0.0  # simpler, or adopted: not kept for its gain

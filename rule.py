@@ -1,6 +1,6 @@
 """The keep rule: how far runs of the same code lie apart, and which candidate is kept.
 
-What it finds, and what it keeps that is nothing, is by tests/simulate.py, in the README.
+What it finds, and what it keeps that is nothing, is by tests/benchmarks/simulate.py, in the README.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARES = [1 - n / 100 for n in range(1, 101)]  # of the variance, by two runs th
 SUSPICIOUS_SIGMAS, SUSPICIOUS_SHARE = 10.0, 0.05
 RUNS_MOST = 4  # of an experiment, before it is dropped as not confirmed
 AT_ONCE = 3.4  # standard errors: then one run is enough
-# Of the keep rule, all by tests/simulate.py: what may be risked at first, what a keep adds, and the
+# Chosen by tests/benchmarks/simulate.py: what may be risked at first, what a keep adds, and the
 # share that one test risks.
 WEALTH, PAY, RISK_SHARE, RISK_MOST = 0.02, 2.5, 0.1, 0.2
 RISK_LEAST = 1 - statistics.NormalDist().cdf(AT_ONCE)  # even after 500 drops
@@ -102,8 +102,8 @@ def level(history: list[Experiment]) -> float:
     """How probable a false keep may be now: much after a keep, less with every drop.
 
     In the manner of alpha-investing (Foster and Stine 2008): each test costs what it risks, each
-    keep pays. It pays more than theirs, so that their bound does not hold; tests/simulate.py says
-    what does.
+    keep pays. It pays more than theirs, so that their bound does not hold; what does is printed by
+    tests/benchmarks/simulate.py.
     """
     wealth = WEALTH
     for e in history:

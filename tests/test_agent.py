@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOY, late, proposal
 
 import agent
 import journal
 import proposals
 from proposals import Edit, Rejected, apply_edits, read_knobs
 from rule import Noise, judge, level
+from support.api_server import proposal
+from support.checkout import TOY, late
 
 # ---------------------------------------------------------------------------
 # The keep rule
@@ -379,7 +380,7 @@ def diff_of(checkout, name, prose, old, new, file="train.py"):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_diff_applies_to_the_best_and_is_named_by_its_prose(checkout):
     first = diff_of(checkout, "1.diff", "sharper answers", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
     second = diff_of(
@@ -410,7 +411,7 @@ def test_sampler_night_needs_no_key_and_its_keeps_cherry_pick(checkout):
     assert checkout.git("diff", "autoresearch/t", "HEAD", "--", "train.py") == ""
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_claude_session_of_good_invalid_duplicate_and_refused_replies(checkout, api):
     server = api(
         proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6", "sharper"),  # experiment 1, kept
@@ -454,7 +455,7 @@ def prefix(request):
     return [block["text"] for block in blocks[: marked[-1] + 1]]
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_second_call_reads_the_first_ones_prefix_from_the_cache(checkout, api):
     server = api(
         proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4", "blunter"),
@@ -472,7 +473,7 @@ def test_second_call_reads_the_first_ones_prefix_from_the_cache(checkout, api):
     assert first["tools"][0]["strict"] is True and first["stream"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_unknown_price_is_said_and_written_as_nan(checkout, api):
     server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.4"))
     done = checkout.agent("--experiments", "1", "--model", "house-blend", env=server.env)
@@ -480,7 +481,7 @@ def test_unknown_price_is_said_and_written_as_nan(checkout, api):
     assert "price is not known" in done.stderr and checkout.rows()[1]["cost_usd"] == "nan"
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_best_is_measured_again_after_a_plateau(checkout):
     checkout.exchange("agent.py", "MEASURE_AFTER = 10", "MEASURE_AFTER = 3")
     worse = [checkout.patch(f"{n}.py", "SHARPNESS = 0.5", f"SHARPNESS = 0.4{n}") for n in range(4)]
@@ -493,7 +494,7 @@ def test_best_is_measured_again_after_a_plateau(checkout):
     assert checkout.refs() == [f"refs/autoresearch/t/{n}" for n in range(1, 5)]
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
     slow = TOY.replace("steps += 1", "steps += 1; import time; time.sleep(0.05)")
     checkout.write_train(slow)
@@ -527,7 +528,7 @@ def test_killed_in_mid_run_it_goes_on_and_loses_or_doubles_nothing(checkout):
     assert checkout.git("fsck", "--no-dangling") == ""
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_lost_rows_and_a_lost_branch_come_back_from_git(checkout):
     patch = checkout.patch("better.py", "SHARPNESS = 0.5", "SHARPNESS = 0.6")
     assert checkout.agent("--patches", patch, "--tag", "t").returncode == 0
@@ -623,7 +624,7 @@ def test_refused_key_and_unknown_model_end_before_the_baseline(checkout, api):
     assert not server.requests
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_a_branch_that_somebody_looks_at_is_not_moved_under_them(checkout):
     first, second = (checkout.patch(f"{v}.py", "SHARPNESS = 0.5", f"SHARPNESS = {v}")
                      for v in (0.6, 0.8))
@@ -653,7 +654,7 @@ def test_failing_baseline_stops_before_any_paid_call(checkout, api):
     assert not server.requests and not checkout.refs()
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_hanging_run_is_ended_by_the_hard_timeout(checkout):
     """At a wall-clock budget the limit is the baseline's own time and OVERTIME."""
     checkout.exchange("prepare.py", '32, "cpu", 60', '32, "wall", 1')
@@ -672,7 +673,7 @@ def test_hanging_run_is_ended_by_the_hard_timeout(checkout):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_agent_stays_small_and_never_imports_torch(checkout, api):
     """Peak memory of a whole claude night, optuna included, with everything that it imports."""

@@ -1,5 +1,5 @@
-"""bench_upstream.py against a stand-in: a file with the other project's interface, made here. And
-bench_seeds.py, and plant.py.
+"""upstream.py against a stand-in: a file with the other project's interface, made here. And
+seeds.py, and plant.py.
 """
 
 import math
@@ -7,12 +7,13 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, sh
+
+from support.checkout import ROOT, sh
 
 sys.path.insert(0, str(ROOT / "tests"))
-import bench_seeds
-import bench_upstream
 import plant
+import seeds
+import upstream
 
 import prepare
 from journal import fingerprint
@@ -88,10 +89,10 @@ print(f"num_params_M:     {V * V / 1e6:.1f}")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_both_files_are_trained_on_the_same_rows_and_scored_alike(cpu_rows, tmp_path):
     (tmp_path / "train.py").write_text(STAND_IN, encoding="utf-8")
-    command = [sys.executable, ROOT / "tests/bench_upstream.py", tmp_path, "--pairs", "1"]
+    command = [sys.executable, ROOT / "tests/benchmarks/upstream.py", tmp_path, "--pairs", "1"]
     done = sh(*command, "--budget", "1", cwd=tmp_path, env=cpu_rows)
     assert done.returncode == 0, done.stderr
     theirs, ours = map(float, re.findall(r"val_bpb (\d\.\d{6})", done.stdout))
@@ -104,21 +105,21 @@ def test_both_files_are_trained_on_the_same_rows_and_scored_alike(cpu_rows, tmp_
 
 def test_a_file_that_is_not_the_known_one_is_refused():
     with pytest.raises(prepare.SetupError, match="rms_norm"):
-        bench_upstream.adapted(STAND_IN.replace("F.rms_norm", "own_norm"), 0, True)
+        upstream.adapted(STAND_IN.replace("F.rms_norm", "own_norm"), 0, True)
     with pytest.raises(prepare.SetupError, match="DEPTH is set 0 times"):
-        bench_upstream.with_constants("HEAD_DIM = 3", {"DEPTH": 2})
+        upstream.with_constants("HEAD_DIM = 3", {"DEPTH": 2})
 
 
-def test_the_edits_of_bench_seeds_fit_train_py():
+def test_the_edits_of_seeds_fit_train_py():
     source = (ROOT / "train.py").read_text(encoding="utf-8")
-    for name, (search, _) in bench_seeds.EDITS.items():
+    for name, (search, _) in seeds.EDITS.items():
         assert not search or source.count(search) == 1, name
 
 
 def test_equal_seeds_take_away_what_two_versions_share():
     first, second = [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]
-    assert bench_seeds.spread(first, second) == (0.0, pytest.approx(2**0.5))
-    equal, different = bench_seeds.spread(first, second[::-1])
+    assert seeds.spread(first, second) == (0.0, pytest.approx(2**0.5))
+    equal, different = seeds.spread(first, second[::-1])
     assert (equal, different) == (2.0, pytest.approx(2**0.5))
 
 

@@ -1,6 +1,6 @@
 """The Ray backend on a real cluster of a head and two nodes, all of them on this machine.
 
-python -m pytest tests/test_cluster.py -m "slow or not slow"
+python -m pytest tests/test_cluster.py -m "not nightly"
 
 A stand-in for the referee, where it is named, measures nothing and takes a moment.
 """
@@ -15,12 +15,14 @@ import tempfile
 import time
 
 import pytest
-from conftest import TOY, sh
-from test_faults import one_error, sharpness, stand_in
-from test_slots import ALL, assert_each_keep_sits_on_what_it_was_measured_against
+
+from support.checkout import TOY, sh
+from support.checks import assert_each_keep_sits_on_what_it_was_measured_against, one_error
+from support.stand_in import sharpness, stand_in
 
 STORE = 80 * 2**20  # bytes of each node's object store
-slow = pytest.mark.slow
+slow = pytest.mark.gate
+ALL = (0.6, 0.65, 0.7, 0.45, 0.75, 0.8, 0.62, 0.85)
 KEY = "sk-of-the-person-who-starts-it"
 
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, sh
 
 import prepare
+from support.checkout import ROOT, sh
 
 STEPS = 20
 # train.py, which in each step notes its loss on certain rows, and in the end leaves its weights.
@@ -66,7 +66,7 @@ def watched(cpu_rows, tmp_path):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_two_ranks_train_what_one_does_and_go_on_from_a_checkpoint(watched, tmp_path):
     losses, weights, steps = watched("one")
     assert steps == STEPS and losses[-1] != losses[0]
@@ -83,7 +83,7 @@ def test_two_ranks_train_what_one_does_and_go_on_from_a_checkpoint(watched, tmp_
     assert all(torch.equal(resumed[name], weight) for name, weight in weights_of_two.items())
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(watched, tmp_path):
     kept = str(tmp_path / "kept")
     losses, weights, _ = watched("whole")
@@ -137,7 +137,7 @@ def test_a_smaller_card_gets_whole_passes_of_a_smaller_model(train, monkeypatch,
     assert found == gb and (depth == batch == rows == 1) == (gb > 40)
     tokens = 32 * rows * 2048
     assert tokens == int(tokens) and 262144 * batch % tokens == 0
-    # 0.46 GB a row and 2 GB beside, as measured at full depth and width (tests/bench_gpu.md).
+    # 0.46 GB a row and 2 GB beside, as measured at full depth and width (tests/benchmarks/gpu.md).
     assert 2 + 0.46 * 32 * rows * depth**2 < 0.8 * gb
 
 

@@ -17,7 +17,8 @@ import sys
 from textwrap import dedent, indent
 
 import pytest
-from conftest import ROOT, Checkout, sh
+
+from support.checkout import ROOT, Checkout, sh
 
 TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
 # 256 rows of 64 tokens. A large sigma: what is better is not suspicious; few are run twice.
@@ -425,7 +426,7 @@ def test_an_honest_change_fits_train_py(name):
     assert changed(name) != TRAIN
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
     if name in SKIPPED:
@@ -437,7 +438,7 @@ def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize("name", CLOCKED)
 def test_an_honest_change_keeps_to_the_clock(tried, name):
     rows, done = tried(name, clocked=True)
@@ -446,7 +447,7 @@ def test_an_honest_change_keeps_to_the_clock(tried, name):
     assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_an_honest_bfloat16_model_scores_the_same_by_hand_and_under_the_referee(tmp_path, cache):
     """To 1e-4: the same seed and rows, in process and through the shared memory."""
     checkout = honest_checkout(tmp_path / "checkout", cache, changed("bfloat16_model"))

@@ -62,7 +62,7 @@ def proxy(tmp_path):
     log.close()
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_a_night_with_litellm(checkout, proxy):
     done = checkout.agent("--experiments", "1", "--model", "mine", "--tag", "t", env=proxy)
     assert done.returncode == 0, done.stderr

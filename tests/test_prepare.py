@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY, sh
 
 import prepare
 import pretokenize
 from prepare import Crash, Scale, SetupError
+from support.checkout import TOY, sh
 
 SMALL = Scale("small", "stdlib", 512, 32, "tokens", 4096, 8192, 0, 0.01)
 

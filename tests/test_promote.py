@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from conftest import TOY
-from test_faults import STAND_IN, stand_in
 
 import promote
+from support.checkout import TOY
+from support.stand_in import STAND_IN, stand_in
 
 # SHARPNESS in three parts, each in its place, the last of which is good for a shallow model only.
 PARTS = "DEPTH = 1\n" + "\n# between\n# the\n# parts\n".join(("A = 0.1", "B = 0.1", "C = 0.0"))
@@ -66,11 +66,11 @@ def test_what_rounds_have_in_common_does_not_hide_an_effect():
     assert promote.effect(*stacks, promote.noise_of(stacks, 0.01)).verdict() == "no effect"
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_what_holds_is_on_the_branch_and_what_only_seemed_to_is_not(checkout):
     start = TOY.replace("SHARPNESS = 0.5", PARTS + SHARPNESS)
     checkout.write_train(start)
-    stand_in(checkout, 0.2)
+    stand_in(checkout, "time.sleep(0.2)")
     path = checkout.folder / "referee.py"
     (read,) = re.findall("^value = .*\n", STAND_IN, re.M)
     path.write_text(path.read_text().replace(read, ADD_UP))

@@ -29,12 +29,12 @@ from textwrap import dedent, indent
 
 import numpy as np
 import pytest
-from conftest import PROGRAM, TRUSTED, Checkout, sh
 
 import agent
 import prepare
 import referee
 import rule
+from support.checkout import PROGRAM, TRUSTED, Checkout, sh
 
 if sys.platform != "linux":
     pytest.skip("confinement needs Linux", allow_module_level=True)
@@ -393,7 +393,7 @@ SLOW = {
 
 
 def cases(table):
-    return [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in table]
+    return [pytest.param(n, marks=pytest.mark.gate) if n in SLOW else n for n in table]
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +439,7 @@ def test_more_than_the_budget_is_overtime(night_of, name):
     assert "burns" in night_of(name).log(name) or CLOCKS[name][-1] != OVERTIME
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_an_honest_bfloat16_model_raises_no_alarm(night_of):
     night = night_of("honest_bfloat16")
     row, honest = night.row("honest_bfloat16"), night.row("baseline")
@@ -719,7 +719,7 @@ def own_cache(folder, rows):
 
 
 @pytest.fixture(scope="module", params=[
-    "the means of this machine", pytest.param("without bubblewrap", marks=pytest.mark.slow)
+    "the means of this machine", pytest.param("without bubblewrap", marks=pytest.mark.gate)
 ])  # fmt: skip
 def intrusion(request, folder, rows):
     base, mark = folder("intruded"), uuid.uuid4().hex
@@ -790,7 +790,7 @@ def test_what_a_run_leaves_behind_the_next_one_does_not_find(intrusion, name):
     assert intrusion.free[name] == "-", "the search itself does not work"
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_what_lies_beside_the_interpreter_is_hidden_too(folder, cache):
     """A virtual environment round checkout and cache, as in a container with all of it in /usr."""
     base = folder("around")
@@ -826,7 +826,7 @@ def test_what_lies_beside_the_interpreter_is_hidden_too(folder, cache):
 
 ALTERED = [
     "prepare.py",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    *(pytest.param(name, marks=pytest.mark.gate) for name in (
         "referee.py", "warden.py", "tokenizer.json", "manifest.json", "train.bin", "val.bin",
         "hidden.bin")),
 ]  # fmt: skip
@@ -867,7 +867,7 @@ bits_per_byte = lambda *a: 0.1
 """
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_no_bytecode_module_or_sitecustomize_gets_into_what_measures(folder, cache):
     base = folder("poisoned")
     checkout, marks = make_checkout(base, cache), base / "marks"
@@ -921,7 +921,7 @@ def test_a_gain_of_half_the_score_is_suspicious_and_not_kept(folder, cache):
     assert checkout.git("rev-parse", "autoresearch/t") == start
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_a_gain_on_val_that_hidden_contradicts_is_suspicious_and_not_kept(folder, rows):
     """But for the probe's reserve, the hidden rows are noise: bolder answers are worse there."""
     base = folder("contradicted")

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TOY, sh
 
 import prepare
 import referee
+from support.checkout import ROOT, TOY, sh
 
 
 @pytest.mark.parametrize(

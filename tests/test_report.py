@@ -9,19 +9,20 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, Fault, proposal, sh
-from test_digest import HISTORIES, SOURCE
-from test_faults import sharpness, stand_in
 
 import report
 from journal import Experiment, Run
 from rule import Noise
+from support.api_server import Fault, proposal
+from support.checkout import ROOT, sh
+from support.histories import HISTORIES, SOURCE
+from support.stand_in import sharpness, stand_in
 
 
 @pytest.fixture
 def checkout(checkout):
     """One with a stand-in for the referee, whose scores are exact."""
-    stand_in(checkout, 0.0)
+    stand_in(checkout)
     return checkout
 
 
@@ -79,7 +80,7 @@ def test_a_file_that_is_none_is_refused_in_two_lines(tmp_path, text):
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_no_run_a_baseline_only_crashes_and_one_keep(checkout):
     done = checkout.agent("report")
     assert done.returncode == 1 and "there is no run yet" in done.stderr
@@ -196,7 +197,7 @@ def test_page_in_a_real_browser(tmp_path, colour):
     assert (background == "rgb(255, 255, 255)") == (colour == "light")
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_report_is_written_anew_during_the_night(checkout, api):
     checkout.exchange("agent.py", "\nREPORT_SECONDS = 60.0", "\nREPORT_SECONDS = 0.0")
     checkout.commit_all()

@@ -5,18 +5,20 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOY, Fault, proposal
-from test_faults import stand_in
 
 import proposals
 import researcher
 from proposals import Edit, Rejected
+from support.api_server import Fault, proposal
+from support.checkout import TOY
+from support.histories import SOURCE, History
+from support.stand_in import stand_in
 
 
 @pytest.fixture
 def checkout(checkout):
     """One with a stand-in for the referee, whose scores are exact."""
-    stand_in(checkout, 0.05)
+    stand_in(checkout, "time.sleep(0.05)")
     return checkout
 
 
@@ -223,8 +225,6 @@ def test_tokens_and_dollars_are_told_apart_and_summed(checkout, api):
 
 
 def test_sampler_learns_from_scores_of_the_same_structure_only():
-    from test_digest import SOURCE, History
-
     history = History(SOURCE)
     for n in range(12):
         history.add("discard", f"a{n}", {"MATRIX_LR": 0.01 * (1 + n % 4)}, [1.3 + 0.01 * (n % 4)])

@@ -6,7 +6,7 @@ import pytest
 import simulate
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize("sigma", simulate.SIGMAS)
 def test_the_rule_finds_the_gains_and_keeps_little_else(sigma):
     greedy = simulate.row(simulate.Greedy, sigma, 600)
@@ -22,7 +22,7 @@ def test_equal_seeds_help_by_the_luck_that_is_common():
     assert paired["gain"] > apart["gain"] and paired["inflation"] < apart["inflation"]
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_where_seeds_have_nothing_in_common_it_is_no_worse_than_without_them():
     lone = simulate.row(simulate.Ours, 0.33, 600, common=0.0)
     apart = simulate.row(simulate.Apart, 0.33, 600, common=0.0)
@@ -43,7 +43,7 @@ class Redrawn(simulate.Night):
         return super().score(done, (seed, done.draws[-1]), truth)
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_the_luck_of_other_draws_is_neither_kept_nor_believed():
     """Equal draws share most of their luck, so that who drew well stays lucky on its seeds."""
     nights = [Redrawn(simulate.Ours, 0.33, seed, 0.9) for seed in range(400)]

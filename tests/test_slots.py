@@ -11,8 +11,16 @@ import sys
 import time
 
 import pytest
-from conftest import Checkout, Fault, proposal
-from test_faults import STAND_IN, idea, one_error, sharpness, stand_in
+
+from support.api_server import Fault, proposal
+from support.checkout import Checkout
+from support.checks import (
+    assert_each_keep_sits_on_what_it_was_measured_against,
+    numbers_tried,
+    one_error,
+    trailers,
+)
+from support.stand_in import STAND_IN, idea, sharpness, stand_in
 
 ALL = (0.6, 0.65, 0.7, 0.45, 0.75, 0.8, 0.62, 0.85)
 
@@ -21,40 +29,11 @@ ALL = (0.6, 0.65, 0.7, 0.45, 0.75, 0.8, 0.62, 0.85)
 def slow(tmp_path, cache):
     """A checkout with the stand-in for a referee, which takes a second."""
     checkout = Checkout(tmp_path / "checkout", cache)
-    stand_in(checkout, 1.0)
+    stand_in(checkout, "time.sleep(1.0)")
     return checkout
 
 
-def facts(checkout, number):
-    """Trailers of an experiment's commit."""
-    text = checkout.git("log", "-1", "--format=%B", f"refs/autoresearch/t/{number}")
-    lines = (line.partition(": ") for line in text.split("\n\n")[-1].splitlines())
-    return {name: json.loads(value) for name, _, value in lines}
-
-
-def assert_each_keep_sits_on_what_it_was_measured_against(checkout):
-    """In the order of verdicts: the parent of a keep is the keep before it."""
-    refs = checkout.refs() + checkout.refs("refs/autoresearch-measure/t/0")
-    told = sorted((facts_of(checkout, ref), ref) for ref in refs)
-    tip = checkout.git("rev-parse", "main")
-    for (_, status), ref in told[1:]:
-        commit, parent = checkout.git("rev-parse", ref, f"{ref}^").split()
-        if status == "keep":
-            assert parent == tip, ref
-            tip = commit
-    assert tip == checkout.git("rev-parse", "autoresearch/t")
-    assert checkout.git("fsck", "--no-dangling") == ""
-    numbers = [row["experiment"] for row in checkout.rows() if row["status"] != "measure"]
-    assert len(set(numbers)) == len(numbers)
-
-
-def facts_of(checkout, ref):
-    text = checkout.git("log", "-1", "--format=%(trailers:key=Order)%(trailers:key=Status)", ref)
-    order, status = (line.partition(": ")[2] for line in text.split("\n") if line)
-    return int(order), json.loads(status)
-
-
-@pytest.mark.slow
+@pytest.mark.gate
 def test_the_next_idea_is_had_while_one_is_trained_and_put_on_what_was_kept(slow, api):
     passes = proposal("PASSES = 4", "PASSES = 7", "more passes")
     server = api(idea(0.6), passes, idea(0.7))
@@ -64,12 +43,13 @@ def test_the_next_idea_is_had_while_one_is_trained_and_put_on_what_was_kept(slow
     assert "Under way" in told and "1. to 0.6" in told
     source = slow.git("show", "refs/autoresearch/t/2:train.py")
     assert "SHARPNESS = 0.6" in source and "PASSES = 7" in source
-    assert facts(slow, 1)["Saw"] == facts(slow, 2)["Saw"] == 1  # the baseline's verdict
+    for number in (1, 2):  # both knew the verdict on the baseline, and no other one
+        assert trailers(slow, f"refs/autoresearch/t/{number}")["Saw"] == 1
     assert len(server.requests) == 2
     assert_each_keep_sits_on_what_it_was_measured_against(slow)
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_an_idea_that_fits_no_more_is_dropped_and_the_next_one_pays_for_it(slow, api):
     server = api(idea(0.6), idea(0.7), proposal("PASSES = 4", "PASSES = 7", "more passes"))
     done = slow.agent("--experiments", "2", "--tag", "t", env=server.env)
@@ -80,7 +60,7 @@ def test_an_idea_that_fits_no_more_is_dropped_and_the_next_one_pays_for_it(slow,
     assert sum(float(row["cost_usd"]) for row in rows[1:]) == pytest.approx(spent, abs=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_what_is_running_is_finished_before_a_refused_key_ends_the_night(slow, api):
     error = {"type": "error", "error": {"type": "authentication_error", "message": "bad key"}}
     server = api(idea(0.6), Fault(401, json.dumps(error)))
@@ -89,26 +69,21 @@ def test_what_is_running_is_finished_before_a_refused_key_ends_the_night(slow, a
     assert [row["description"] for row in slow.rows()] == ["baseline", "to 0.6"]
 
 
-def numbers_tried(rows):
-    """Without measurements of the best, on a seed that an idea wants."""
-    return sorted(int(row["experiment"]) for row in rows if row["status"] != "measure")
-
-
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_slots_end_in_one_history_in_which_no_keep_was_measured_on_another_base(slow, slots):
     patches = sharpness(slow, *ALL)
     done = slow.agent("--tag", "t", "--slots", slots, "--patches", *patches)
     assert done.returncode == 0, done.stderr
     rows = slow.rows()
-    assert numbers_tried(rows) == list(range(len(ALL) + 1))
+    assert numbers_tried(slow) == list(range(len(ALL) + 1))
     best = min(float(row["val_bpb"]) for row in rows)
     assert f"→ {best:.6f}" in done.stderr
     assert_each_keep_sits_on_what_it_was_measured_against(slow)
     assert ("once more, on top of the new best" in done.stderr) == (slots > 1)
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_two_slots_that_are_killed_lose_nothing_and_double_nothing(slow):
     choose, patches = random.Random(1), sharpness(slow, *ALL)
     command = [sys.executable, "agent.py", "--tag", "t", "--slots", "2", "--patches", *patches]
@@ -121,13 +96,13 @@ def test_two_slots_that_are_killed_lose_nothing_and_double_nothing(slow):
         started.wait()
     done = slow.agent(*command[2:])
     assert done.returncode == 0, done.stderr
-    assert numbers_tried(slow.rows()) == list(range(len(ALL) + 1))
+    assert numbers_tried(slow) == list(range(len(ALL) + 1))
     assert_each_keep_sits_on_what_it_was_measured_against(slow)
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_ctrl_c_ends_all_slots(slow):
-    stand_in(slow, 30.0)
+    stand_in(slow, "time.sleep(30.0)")
     path = slow.folder / "referee.py"
     path.write_text(path.read_text().replace("sleep(30.0)", "sleep(30 * (value != 0.5))"))
     path.write_text(path.read_text().replace('open(f"', 'value = float(re.search(r"SHARPNESS = (.*)'
@@ -148,7 +123,7 @@ def test_ctrl_c_ends_all_slots(slow):
     assert not left.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_an_idea_that_is_being_tried_out_outlives_ctrl_c(tmp_path, cache, api):
     checkout = Checkout(tmp_path / "checkout", cache)  # with the real referee, which takes longer
     server, command = api(idea(0.6)), ["agent.py", "--tag", "t", "--experiments", "1"]
@@ -169,7 +144,7 @@ def test_an_idea_that_is_being_tried_out_outlives_ctrl_c(tmp_path, cache, api):
 
 def test_the_baseline_is_run_as_often_on_every_slot(tmp_path, cache):
     checkout = Checkout(tmp_path / "checkout", cache, baseline_runs=3)
-    stand_in(checkout, 0.3)
+    stand_in(checkout, "time.sleep(0.3)")
     done = checkout.agent("--tag", "t", "--slots", "2", "--experiments", "0")
     assert done.returncode == 0, done.stderr
     assert [row["runs"] for row in checkout.rows()] == ["4"]
@@ -178,7 +153,7 @@ def test_the_baseline_is_run_as_often_on_every_slot(tmp_path, cache):
 
 
 def test_slots_that_cannot_be_are_refused(slow):
-    stand_in(slow, 0.0)
+    stand_in(slow)
     done = slow.agent("--gpus", "7")
     assert done.returncode == 1 and "--gpus" in one_error(done)
     path = slow.folder / "referee.py"

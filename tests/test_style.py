@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from support.checkout import ROOT
 
 CEILINGS = {
     "prepare.py": 580,

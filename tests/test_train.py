@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, sh
 from torch._dynamo.testing import CompileCounter
 
 import prepare
+from support.checkout import ROOT, sh
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_hyperparameters_bear_the_fields_names_one_literal_a_line():
     assert re.search(r"^MATRIX_LR = [\d.]+ ", source, re.M)
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_same_seed_twice_gives_the_same_val_bpb(cpu_rows):
     """The real model on a budget in tokens, as a person starts it."""
     environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "81920"}

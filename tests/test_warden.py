@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from support.checkout import ROOT
 
 if sys.platform != "linux":
     pytest.skip("confinement needs Linux", allow_module_level=True)
@@ -859,7 +860,7 @@ print("survived")
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
 def test_torch_compile_works_inside(cage):
@@ -1005,7 +1006,7 @@ def each(name, *tables):
     """Every removal; the first of each table is quick, the others are for patient machines."""
     for table in tables:
         for at, (holes, changes) in enumerate(table):
-            marks = [pytest.mark.slow] if at else []
+            marks = [pytest.mark.gate] if at else []
             yield pytest.param(name, holes, changes, marks=marks, id=f"{name}: {holes}")
 
 
@@ -1163,7 +1164,7 @@ PERSISTENT = {
 
 def first(n, table):
     """The names of a table; those after the first n are for patient machines."""
-    return [pytest.param(k, marks=[pytest.mark.slow] * (i >= n)) for i, k in enumerate(table)]
+    return [pytest.param(k, marks=[pytest.mark.gate] * (i >= n)) for i, k in enumerate(table)]
 
 
 @pytest.mark.parametrize("attack", first(4, PERSISTENT))

@@ -1,6 +1,6 @@
 """A night of ideas whose worth is known: what does the keep rule make of real runs?
 
-    python tests/plant.py /tmp/planted     # a clone with a train.py that is held back, and ideas
+    python tests/benchmarks/plant.py /tmp/planted  # a held-back train.py in a clone, and ideas
     cd /tmp/planted && AUTORESEARCH_BUDGET_TOKENS=600000 python agent.py --slots 1 \\
         --tag planted --patches ../planted-ideas/*.diff
 
@@ -14,7 +14,7 @@ import random
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # (search, replace) in train.py
 LOOP = 'in batches(rows, device, tokens, counted.get("seconds", 0.0)):\n'
 PARTS = """        progress /= math.prod(known("SHARE_"))

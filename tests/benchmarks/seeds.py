@@ -1,7 +1,7 @@
 """How much of the spread between two versions of train.py do equal seeds take away?
 
-    python tests/bench_seeds.py                        # 8 seeds at this machine's scale
-    python tests/bench_seeds.py --seeds 10 --budget 30 --at-once 2
+    python tests/benchmarks/seeds.py                        # 8 seeds at this machine's scale
+    python tests/benchmarks/seeds.py --seeds 10 --budget 30 --at-once 2
 
 Each version trains once on each seed, by hand. For each edit: its gain, the standard deviation of
 the differences on equal seeds, that on different seeds, their ratio. A ratio of 1 says that equal
@@ -17,8 +17,8 @@ import random
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
-import bench_upstream
-from bench_upstream import ROOT, prepare, pretokenize
+import upstream
+from upstream import ROOT, prepare, pretokenize
 
 EDITS = {  # name: (search, replace)
     "nothing": ("", ""),
@@ -54,7 +54,7 @@ def main() -> None:
 
     def score(task: tuple[int, str]) -> float:
         seed, name = task
-        return bench_upstream.run(versions[name], scale, seed, rival=False)["val_bpb"]
+        return upstream.run(versions[name], scale, seed, rival=False)["val_bpb"]
 
     tasks = list(itertools.product(range(1, args.seeds + 1), versions))
     random.Random(1).shuffle(tasks)  # or a seed's runs would share the machine's mood too

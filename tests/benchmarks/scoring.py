@@ -1,7 +1,7 @@
 """What the cage and the probe cost: real train.py at the scale `cpu`, trained for a few steps.
 
-python tests/bench_referee.py             # 5 rounds
-python tests/bench_referee.py --rounds 9 --means landlock
+python tests/benchmarks/scoring.py             # 5 rounds
+python tests/benchmarks/scoring.py --rounds 9 --means landlock
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"AUTORESEARCH_SCALE": "cpu", "AUTORESEARCH_BUDGET_TOKENS": "40960"}
 

@@ -1,13 +1,13 @@
 """A night on 1 to 512 slots in virtual time: the real loop, with no training, git or API behind it.
 
-python tests/simulate_slots.py                                  # the table of tests/measured.md
-python tests/simulate_slots.py --slots 64 --reply 0 --nights 1  # without end of proposals
-python tests/simulate_slots.py --measure-git                    # what the main thread's calls take
-python tests/simulate_slots.py --from a.json --like b.json      # predict b by what a run of a took
+python tests/benchmarks/simulate_slots.py                  # the table of README.md beside it
+python tests/benchmarks/simulate_slots.py --slots 64 --reply 0 --nights 1
+python tests/benchmarks/simulate_slots.py --measure-git    # seconds of the main thread's calls
+python tests/benchmarks/simulate_slots.py --from a.json --like b.json  # predict b from a
 
 agent.Night and all below it is the program's own code. Only its edges are exchanged: the clock, the
 threads, a run, git, fsync, the screen and the proposer. Seconds are those of an H100 by
-EVIDENCE.md, section 4, effects of ideas those of its section 2. Reports are bench_loop.py's.
+EVIDENCE.md, section 4, effects of ideas those of its section 2. Reports are those of loop.py.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import bench_loop  # noqa: E402
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+from loop import clone, tell  # noqa: E402
 
 import agent  # noqa: E402
 import journal  # noqa: E402
 import proposals  # noqa: E402
 from proposals import Edit, Proposal  # noqa: E402
 
-# Seconds of a call in the main thread, by --measure-git: medians on 2 cores of measured.md.
+# Seconds of a call in the main thread, by --measure-git: medians on the 2 cores of README.md.
 CALLS = {"git": 0.0019, "sync_git": 0.0003, "fsync": 0.0003, "complete": 0.015}
 EARLY = 13  # ideas that gain more, and more often
 UNTOUCHED = 10**9  # values of the places in the beginning, from here on; an idea's is its number
@@ -433,7 +434,7 @@ def commit_places(checkout: Path, places: list[str]) -> str:
 def measure_calls(experiments: int) -> None:
     """A night of one slot with real git, and the seconds of its calls."""
     with tempfile.TemporaryDirectory() as folder:
-        bench_loop.clone(Path(folder))
+        clone(Path(folder))
         known = Simulation(Assumed(), 1, experiments=experiments, checkout=Path(folder)).spend()
     for name, seconds in known.seconds.items():
         print(f"{name:9} {len(seconds) / experiments:5.1f} an experiment, median "
@@ -516,7 +517,7 @@ def limits(night: Simulation) -> str:
 
 
 def learn(runs: list[list]) -> Assumed:
-    """What runs took in a report of bench_loop.py, baseline included, at whatever budget."""
+    """What runs took in a report of loop.py, baseline included, at whatever budget."""
     fine = [(end - start, r) for _, start, end, r in runs if r["status"] == "ok"]
     scored = [r["hidden_bpb"] is not None for _, r in fine if "hidden_bpb" in r]
     alone = [r["evaluation_seconds"] for _, r in fine if r.get("hidden_bpb") is None]
@@ -559,10 +560,10 @@ def predict(learned: Path, real: Path) -> None:
 
     def rate(title: str, scored: dict, seed: int) -> float:
         found = Simulation(known, night["slots"], seed, None, args.experiments, scored).spend()
-        return bench_loop.tell(title, found.runs, args, night["slots"])[0]
+        return tell(title, found.runs, args, night["slots"])[0]
 
     print(known)
-    was = bench_loop.tell("measured", night["runs"], args, night["slots"])[0]
+    was = tell("measured", night["runs"], args, night["slots"])[0]
     rates = [rate(f"simulated, seed {seed}", scored, seed) for seed in range(1, 6)]
     with redirect_stdout(None):
         free = [rate("", {}, seed) for seed in range(1, 41)]

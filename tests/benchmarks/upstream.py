@@ -1,13 +1,13 @@
 """karpathy/autoresearch's train.py and ours, in turn, on the same rows, seeds, budget and score.
 
-python tests/bench_upstream.py PATH                        # 3 pairs at this machine's scale
-python tests/bench_upstream.py PATH --pairs 5 --budget 60
-python tests/bench_upstream.py PATH --depth 8 --width 512  # both of one size, windows and batch
+python tests/benchmarks/upstream.py PATH                        # 3 pairs at this machine's scale
+python tests/benchmarks/upstream.py PATH --pairs 5 --budget 60
+python tests/benchmarks/upstream.py PATH --depth 8 --width 512  # both of one size and batch
 
 PATH is a checkout of it, or a file like its train.py, of which a changed copy runs: `prepare` is
-tests/upstream_prepare.py, the seed is ours. Its timer stays its own: on a GPU its first 11 steps
-are free, compiling among them. Its attention kernels are fetched; where they cannot be, torch's
-stand in for them, which the output says. On a CPU it has our scale's size, runs in float32, is not
+upstream_prepare.py beside this file, the seed is ours. Its timer stays its own: on a GPU its first
+11 steps are free, compiling among them. Its attention kernels are fetched; where they cannot be,
+torch's stand in for them, which the output says. On a CPU it has our scale's size, runs in float32, is not
 compiled, as ours is not, and gets CPU seconds without free steps.
 """
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 import pretokenize  # noqa: E402
@@ -80,7 +80,7 @@ def run(source: str, scale: prepare.Scale, seed: int, rival: bool) -> dict[str, 
         environment = os.environ | {"OURS": str(ROOT), "AUTORESEARCH_SCALE": scale.name}
         environment["AUTORESEARCH_SEED"] = str(seed)
         if rival:
-            text = (ROOT / "tests/upstream_prepare.py").read_text(encoding="utf-8")
+            text = (ROOT / "tests/benchmarks/upstream_prepare.py").read_text(encoding="utf-8")
             (Path(folder) / "prepare.py").write_text(text, encoding="utf-8")
         else:
             places = [str(ROOT), os.environ.get("PYTHONPATH", "")]

@@ -1,7 +1,7 @@
 """Whole nights with known true effects: what the keep rule finds, and what it takes for a gain.
 
-python tests/simulate.py                  # the table of the README, 2,000 nights a row
-python tests/simulate.py --nights 200     # sooner
+python tests/benchmarks/simulate.py                  # the table of the README, 2,000 nights a row
+python tests/benchmarks/simulate.py --nights 200     # sooner
 
 The real `judge`, `level` and `Run.noise`; effects and noise are EVIDENCE.md's, section 2, in 1e-3
 bits per byte. The rule knows neither sigma, of which its prior says 0.3, nor what of its square is
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import agent  # noqa: E402
 import report  # noqa: E402
 from journal import Experiment, Run, undisturbed  # noqa: E402
@@ -29,7 +29,7 @@ SIGMAS = (0.2, 0.33, 0.5)
 PRIOR, RUNS, EARLY = 0.3, 125, 13
 START = 1000.0  # val_bpb of the baseline
 # Share of the variance that is common to two versions on one seed: a ratio of 0.6 in spread, as
-# tests/bench_seeds.py measured for small edits.
+# tests/benchmarks/seeds.py measured for small edits.
 COMMON = 0.64
 
 

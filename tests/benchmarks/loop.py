@@ -1,9 +1,9 @@
 """Where the seconds of a night go, and what thinking ahead is worth: the real agent and train.py.
 
-python tests/bench_loop.py                          # a scripted model with 5 s a reply
-python tests/bench_loop.py --reply 15 --budget 20   # with and without thinking ahead
-python tests/bench_loop.py --slots 2 --budget 20    # and two at a time
-python tests/bench_loop.py --alone --report a.json  # for simulate_slots.py
+python tests/benchmarks/loop.py                          # a scripted model with 5 s a reply
+python tests/benchmarks/loop.py --reply 15 --budget 20   # with and without thinking ahead
+python tests/benchmarks/loop.py --slots 2 --budget 20    # and two at a time
+python tests/benchmarks/loop.py --alone --report a.json  # for simulate_slots.py
 """
 
 import argparse
@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import ApiServer, proposal  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from support.api_server import ApiServer, proposal  # noqa: E402
 
 # agent.py with the times of its runs, each by the thread of its slot, on the last line of stdout.
 TIMED = """\

@@ -1,6 +1,6 @@
 """What karpathy/autoresearch's train.py imports as `prepare`, made of our rows, seed and score.
 
-bench_upstream.py lays a copy of this file beside that train.py. Without a GPU it also stands in for
+upstream.py lays a copy of this file beside that train.py. Without a GPU it also stands in for
 the calls of torch.cuda and torch.compile that the file makes, and for its timer: CPU seconds then.
 """
 

@@ -1,7 +1,7 @@
 """train.py at the cpu scale: speed, score, memory, and the same model with plain AdamW.
 
-python tests/bench_train.py               # 60 CPU seconds a run, one seed
-python tests/bench_train.py --seeds 6     # and the spread over seeds
+python tests/benchmarks/muon.py               # 60 CPU seconds a run, one seed
+python tests/benchmarks/muon.py --seeds 6     # and the spread over seeds
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # The same model without Muon. "matrices": AdamW steps what Muon stepped, the tuned rates of all
 # other groups stay. "plain": one AdamW, one learning rate for every parameter; the n-gram tables,
 # whose gradients are sparse, get SparseAdam at that rate.
