@@ -132,13 +132,13 @@ def git(*arguments: str, data: str | None = None, index: str | None = None) -> s
         environment["GIT_INDEX_FILE"] = index
     command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false"]
     command += ["-c", "core.fsync=all", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, input=data, capture_output=True, encoding="utf-8"
-    )
+    sent = None if data is None else data.encode()  # bytes: a text mode would change line ends
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=sent, capture_output=True)
     if done.returncode:
-        said = one_line(done.stderr, 5000) or f"exit status {done.returncode}"  # with whole paths
+        words = done.stderr.decode("utf-8", errors="replace")
+        said = one_line(words, 5000) or f"exit status {done.returncode}"  # with whole paths
         raise SetupError(f"git {arguments[0]}: {said}", "git status")
-    return done.stdout
+    return done.stdout.decode("utf-8")
 
 
 def resolve(name: str) -> str | None:
@@ -152,9 +152,26 @@ def resolve(name: str) -> str | None:
 def read_train(commit: str) -> str:
     """train.py as it is in a commit."""
     try:
-        return git("cat-file", "blob", f"{commit}:./train.py")
+        source = git("cat-file", "blob", f"{commit}:./train.py")
     except UnicodeDecodeError as error:
         raise SetupError(f"train.py is not UTF-8: {error}", "file train.py") from error
+    if odd := oddly_encoded(source):
+        raise SetupError(f"train.py {odd}: it must be plain UTF-8", "file train.py")
+    return source
+
+
+def oddly_encoded(source: str) -> str:
+    """Say what would make Python read a train.py otherwise than as the text that is shown here.
+
+    Returns "" for plain text. An encoding named in the first two lines (PEP 263) can turn a comment
+    into code, and a carriage return ends a line for Python alone.
+    """
+    if "\r" in source:
+        return "has carriage returns"
+    if source.startswith("\ufeff"):
+        return "begins with a byte order mark"
+    cookie = re.compile(r"[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
+    return "names an encoding" if any(map(cookie.match, source.split("\n")[:2])) else ""
 
 
 def write_commit(source: str | None, parent: str, message: str) -> str:
@@ -314,13 +331,18 @@ def read_journal(tag: str) -> list[tuple[Experiment, str]]:
     return sorted(entries, key=place)
 
 
+def plain_cell(text: str) -> str:
+    """Put a quote before a text that a spreadsheet would take for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def row(done: Experiment, tag: str) -> str:
     """The experiment as a line of results.tsv."""
     why = f" ({done.reason})" if done.reason and done.status != "keep" else ""
     why += f" ({done.disturbed} runs set aside)" if done.disturbed else ""
     cells = (done.commit[:7], f"{done.val_bpb():.6f}", f"{done.memory_gb:.1f}", done.status,
-             one_line(done.description + why, 300), tag, str(done.number), str(done.runs),
-             f"{done.seconds:.1f}", f"{done.tokens_M:.2f}", f"{done.cost_usd:.4f}")
+             one_line(plain_cell(done.description) + why, 300), tag, str(done.number),
+             str(done.runs), f"{done.seconds:.1f}", f"{done.tokens_M:.2f}", f"{done.cost_usd:.4f}")
     return "\t".join(cells) + "\n"
 
 

@@ -291,7 +291,8 @@ def await_train(main: dict[str, Any]) -> CodeType:
             runpy.run_path(str(path)).get("build_model", int)()
         os.environ["AUTORESEARCH_SCALE"] = tiny
     main |= {"__file__": str(path)}
-    return compile(source, str(path), "exec", dont_inherit=True)
+    text = source.decode("utf-8")  # as the agent reads it: bytes may name an encoding of their own
+    return compile(text, str(path), "exec", dont_inherit=True)
 
 
 def cpu_seconds() -> float:

@@ -23,12 +23,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from journal import Experiment, Run, fingerprint, one_line, patiently, say
+from journal import Experiment, Run, fingerprint, oddly_encoded, one_line, patiently, say
 from prepare import SetupError
 
 KINDS = ("tune", "structure", "remove", "combine", "retry")
 BILL = ("cost_usd", "tokens_in", "tokens_cached", "tokens_written", "tokens_out")
 MAX_SOURCE = 40_000  # characters of a proposed train.py; every call pays for them
+# A person's settings, such as diff.context or apply.whitespace, do not change what is a valid diff.
+PLAIN_GIT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+KNOB_MOST = 1e15  # a larger number is no hyperparameter, and may be too large for a float
 SAME = 0.02  # of a knob's value: less is no other value
 SAMPLER_STARTUP = 10  # experiments before TPE trusts its own model
 SAMPLER_SEES = 1000  # of the latest, in what it tells of itself
@@ -125,6 +128,8 @@ def complete(proposal: Proposal, run: Run) -> Proposal:
     else:
         source = apply_edits(best, proposal.edits)
     proposal.description = one_line(proposal.description) or "no description"
+    if odd := oddly_encoded(source):
+        raise Rejected(f"train.py {odd}. Send it without.")
     if len(source) > MAX_SOURCE:
         raise Rejected(f"train.py would have {len(source)} characters, over {MAX_SOURCE}.")
     try:
@@ -209,7 +214,8 @@ def unified_diff(old: str, new: str) -> str:
             (Path(folder) / name / "train.py").write_bytes(text.encode())
         command = ["git", "diff", "--no-index", "--no-color", "--no-ext-diff", "--no-prefix",
                    "old/train.py", "new/train.py"]
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE)
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | PLAIN_GIT, stdout=subprocess.PIPE)
     return done.stdout.decode()
 
 
@@ -220,13 +226,16 @@ def apply_patch(source: str, patch: str) -> str:
         path = Path(folder) / "train.py"
         path.write_bytes(source.encode())
         command = ["git", "apply", f"-p{file[1].count('/') if file else 1}", "-"]
-        alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).resolve().parent)}
+        alone = os.environ | PLAIN_GIT
+        alone["GIT_CEILING_DIRECTORIES"] = str(Path(folder).resolve().parent)
         done = subprocess.run(
             command, cwd=folder, env=alone, input=patch.encode(), capture_output=True
         )
         if done.returncode or os.listdir(folder) != ["train.py"]:
             said = done.stderr.decode(errors="replace") or "it touches other files"
             raise Rejected(f"the diff does not apply to the best train.py: {said}")
+        if path.is_symlink() or not path.is_file():
+            raise Rejected("the diff makes train.py something else than a plain file")
         return path.read_bytes().decode("utf-8", errors="replace")
 
 
@@ -267,7 +276,8 @@ def read_knobs(source: str, scale: str) -> dict[str, Knob]:
     knobs: dict[str, Knob] = {}
 
     def add(name: str, node: ast.AST) -> None:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value > 0:
+        number = isinstance(node, ast.Constant) and type(node.value) in (int, float)
+        if number and 0 < node.value < KNOB_MOST:
             columns = (node.col_offset, node.end_col_offset or 0)
             knobs[name] = Knob(name, node.value, node.lineno, columns)
         elif isinstance(node, ast.Tuple):

@@ -259,6 +259,7 @@ class Confined:
         self.deadline = self.limit = self.slack = math.inf
         self.before = 0.0  # CPU seconds, until train.py came
         self.taken: list[float] = []  # seconds, by each answer
+        self.shown = False  # whether it may have been asked about held-out rows
         memory = shared_memory()
         self.claims, self.tokens, self.logits = prepare.exchange(memory, scale)
         if sys.platform == "linux":  # or train.py could shrink it below what is read here
@@ -419,7 +420,9 @@ class Confined:
     def last_error(self) -> str:
         tail = self.log.read_bytes()[-20_000:].decode("utf-8", errors="replace").splitlines()
         errors = [line for line in tail if re.match(r"[\w.]+(Error|Exception|Exit|Crash)\b", line)]
-        return errors[-1] if errors else ""
+        last = errors[-1] if errors else ""
+        # What it says after it has seen held-out rows could carry them into the next prompt.
+        return re.match(r"[\w.]*", last)[0][:100] if self.shown else last
 
     def end(self) -> None:
         """Hang up: the warden ends all that is left of the run, and itself."""
@@ -450,7 +453,7 @@ def score(confined: Confined, rows: Path, scale: Scale, hidden_below: float) -> 
 def early_environment(source: bytes) -> dict[str, str] | None:
     """What train.py sets for libraries before it loads them; None if that is not plain to see."""
     try:
-        tree, found, odd = ast.parse(source), {}, 0
+        tree, found, odd = ast.parse(source.decode("utf-8")), {}, 0
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}  # it will say so itself
     for node in ast.walk(tree):
@@ -546,15 +549,17 @@ def referee(args: argparse.Namespace, waiting: Confined | None = None) -> None:
             checked.result()
         gpu.ended.set()
         print("trained", flush=True)  # the next one may be made ready
+        result["log_bytes"] = log.stat().st_size  # later lines could hold held-out text
         prepare.check_rows(rows, prepare.SCORED, args.manifest)
         trained = time.monotonic()
         claimed = zip(prepare.CLAIMS, confined.claims.tolist(), strict=True)
         result |= {name: plausible(value) for name, value in claimed}
-        if args.screen:
-            few = prepare.load_rows(rows, "train", scale.sequence_len)  # the log is shown to others
-            few = few[: prepare.rows_per_query(scale)]
-            prepare.answers(confined.logits_of, few, few[:, 1:], scale)
-        else:
+        # First training rows: what fails on them may be told with all its words.
+        few = prepare.load_rows(rows, "train", scale.sequence_len)
+        few = few[: prepare.rows_per_query(scale)]
+        prepare.answers(confined.logits_of, few, few[:, 1:], scale)
+        if not args.screen:
+            confined.shown = True
             result |= dict(score(confined, rows, scale, args.hidden_below))
         result["evaluation_seconds"] = time.monotonic() - trained
         result["answers_seconds"] = sum(confined.taken)

@@ -129,16 +129,22 @@ PROPOSE_TOOL = {
         },
     },
 }  # fmt: skip
-# An edit in a reply without tools; the fences around it do not matter.
-BLOCK = re.compile(r"^<{5,9} SEARCH *\n(.*?)^={5,9} *\n(.*?)^>{5,9} REPLACE", re.M | re.S)
+# The three marks of an edit in a reply without tools; the fences around it do not matter.
+SEARCH, DIVIDER, REPLACE = r"<{5,9} SEARCH *\n?", r"={5,9} *\n?", r">{5,9} REPLACE"
 FIELD = re.compile(r"^[^\w\n]*(description|hypothesis|kind|idea)[^\w\n]*:[^\w\n]*(.+)", re.M | re.I)
+
+
+def token_count(usage: Any, name: str) -> int:
+    """Return one of the counts in a reply's usage, 0 where a server sends none or nonsense."""
+    value = usage.get(name) if isinstance(usage, dict) else getattr(usage, name, 0)
+    return min(value, 10**9) if isinstance(value, int) and value > 0 else 0
 
 
 def bill(model: str, usage: Any) -> dict[str, float]:
     """Tokens and US dollars of one reply; nan dollars for a model that PRICES does not have."""
     names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
              "output_tokens")
-    counts = [getattr(usage, name, 0) or 0 for name in names]  # not every server counts
+    counts = [token_count(usage, name) for name in names]
     prices = PRICES.get(model, (math.nan,) * 4)
     dollars = sum(count * price for count, price in zip(counts, prices, strict=True)) / 1e6
     return {"cost_usd": dollars, "tokens_in": sum(counts[:3]), "tokens_written": counts[1],
@@ -174,15 +180,42 @@ def parse_reply(message: Any) -> Proposal:
 def parse_text(text: str) -> dict[str, Any]:
     """The same from a reply in text. Raises Rejected, with what to send, if it has no edits."""
     text = text.replace("\r\n", "\n")
-    edits = [{"search": old, "replace": new} for old, new in BLOCK.findall(text)]
+    edits, prose = scan_edits(text)
     if not edits and "```" in text:
         raise Rejected("The reply has code, but no edit. Do not send the file: call `propose`, or "
                        "send blocks of <<<<<<< SEARCH, =======, >>>>>>> REPLACE, a line each.")
     if not edits:
         raise Rejected("The reply does not call the tool `propose`. Answer with one call of it.")
-    fields = {name.lower(): said.strip(" *_`") for name, said in FIELD.findall(BLOCK.sub("", text))}
+    fields = {name.lower(): said.strip(" *_`") for name, said in FIELD.findall(prose)}
     first = next((line for line in text.splitlines() if re.match(r"\w", line)), "an idea")
     return {"description": first, "hypothesis": ""} | fields | {"edits": edits}
+
+
+def scan_edits(text: str) -> tuple[list[dict[str, str]], str]:
+    """Split a reply in text into its edits and the prose around them, in one pass over the lines.
+
+    A block that is not finished, because the text ends or another block begins, is no edit.
+    """
+    edits: list[dict[str, str]] = []
+    prose: list[str] = []
+    search: list[str] | None = None  # lines of the block that is being read, None outside of one
+    replace: list[str] | None = None
+    for line in re.split(r"(?<=\n)", text):
+        if re.fullmatch(SEARCH, line):
+            search, replace = [], None
+        elif search is None:
+            prose.append(line)
+        elif replace is None:
+            if re.fullmatch(DIVIDER, line):
+                replace = []
+            else:
+                search.append(line)
+        elif re.match(REPLACE, line):
+            edits.append({"search": "".join(search), "replace": "".join(replace)})
+            search = replace = None
+        else:
+            replace.append(line)
+    return edits, "".join(prose)
 
 
 def add_repair_turn(messages: list[dict[str, Any]], reply: Any, complaint: str) -> None:
@@ -353,8 +386,13 @@ def is_blocked(error: Any) -> bool:
 
 
 def is_hopeless(error: Exception) -> bool:
-    """Whether the same request will be refused again: key, permission, money, model, request."""
-    return getattr(error, "status_code", 0) in HOPELESS or getattr(error, "type", "") in (
+    """Whether the same request will be refused again: key, permission, money, model, request.
+
+    A status alone does not say so: a page of HTML comes from a proxy on the way, and passes.
+    """
+    told = isinstance(getattr(error, "body", None), dict)  # JSON, as a server of messages sends it
+    refused = getattr(error, "status_code", 0) in HOPELESS and told
+    return refused or getattr(error, "type", "") in (
         "authentication_error", "billing_error", "invalid_request_error", "not_found_error",
         "permission_error", "request_too_large")  # fmt: skip
 

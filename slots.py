@@ -163,19 +163,20 @@ def train_once(
             if failures > FAILURES:
                 crash = {"status": "crash", "reason": problem, "total_seconds": 0.0}
                 patiently(write_atomic, path, [json.dumps(crash).encode()])
-    return result | read_log(folder / f"run{suffix}.log")
+    return result | read_log(folder / f"run{suffix}.log", result.get("log_bytes"))
 
 
 def result_path(run: Run, number: int, count: int) -> Path:
     return run.folder(number) / f"result{f'-{count}' if count > 1 else ''}.json"
 
 
-def read_log(log: Path) -> dict[str, Any]:
-    """What a train.py has printed, as far as it says so: of itself first, and losses on its way.
+def read_log(log: Path, size: int | None = None) -> dict[str, Any]:
+    """Return what a train.py printed of itself and its losses, from `size` bytes of its log.
 
-    The loss at a share of the budget is the mean of those in the twentieth before it.
+    The loss at a share of the budget is the mean of those in the twentieth before it. What was
+    printed after training is left out: held-out text could stand there.
     """
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    text = log.read_bytes()[:size].decode("utf-8", errors="replace") if log.exists() else ""
     found = re.findall(r"\((\d{1,3})%\).{0,20}?loss (\d{1,4}\.\d{1,9})", text)
     losses = [(int(percent), float(loss)) for percent, loss in found]
     near = [[loss for percent, loss in losses if at - 5 <= percent <= at] for at in CURVE]
