@@ -206,8 +206,10 @@ def report_run(run: Run) -> Report:
     if any(e.status == "keep" for e in tried):
         report.type_this.append(("take what was kept",
                                  f"git cherry-pick {kept_range(run)}"))
-    again = f"git show {best.commit[:7]}:train.py > train.py && python train.py"
-    report.type_this.append(("run the best again, by hand", again))
+    # By the referee: it is a program that a language model wrote, and runs in the sandbox alone.
+    again = f"git show {best.commit[:7]}:train.py > runs/again/train.py"
+    again = f"mkdir -p runs/again && {again} && python referee.py runs/again"
+    report.type_this.append(("run the best again, in the sandbox", again))
     tell_time(run, report)
     return report
 

@@ -1,6 +1,7 @@
 """Input from outside that is made to deceive, to leak or to stall: replies, diffs, train.py."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -208,3 +209,23 @@ def test_a_cell_that_a_spreadsheet_would_compute_begins_with_a_quote(text):
     assert journal.row(done, "t").split("\t")[4] == f"'{text}"
     done.description = "a - b"
     assert journal.row(done, "t").split("\t")[4] == "a - b"
+
+
+@pytest.mark.gate
+def test_the_report_has_the_best_run_again_in_the_sandbox_without_the_key(checkout):
+    """A program that slept under the referee once read the key when a person ran it by hand."""
+    tell = "    print('sees', sorted(os.environ))\n    torch.manual_seed("
+    checkout.write_train("import os\n" + TOY.replace("    torch.manual_seed(", tell))
+    checkout.commit_all()
+    assert checkout.agent("--tag", "t", "--experiments", "0").returncode == 0
+    report = checkout.agent("report").stdout
+    (command,) = re.findall(r"mkdir -p runs/again .*", report)
+    env = checkout.env | {"ANTHROPIC_API_KEY": "sk-of-a-person"}
+    read, write = os.pipe()
+    with os.fdopen(read) as silent:  # a terminal at which nobody types
+        done = sh("sh", "-c", f"exec 2>&1; {command}", cwd=checkout.folder, env=env, stdin=silent)
+        os.close(write)
+    assert done.returncode == 0, done.stdout
+    result = json.loads((checkout.folder / "runs/again/result.json").read_bytes())
+    log = (checkout.folder / "runs/again/run.log").read_text(encoding="utf-8")
+    assert result["status"] == "ok" and "sees [" in log and "ANTHROPIC" not in log
