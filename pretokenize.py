@@ -8,6 +8,7 @@ Nothing here runs while train.py is trained.
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -251,11 +252,32 @@ def write_library(folder: Path) -> None:
 
 
 def ensure_rows(scale: Scale, corpus: str | None) -> Path:
-    """The folder of the rows: prepared if they are missing, then checked against their hashes."""
+    """Return the folder of the rows: prepared if they are missing, then checked by their hashes.
+
+    Of several processes that find rows missing one prepares them, and the others wait for it.
+    """
     corpus = corpus or os.environ.get("AUTORESEARCH_CORPUS")
     folder, source = prepare.rows_folder(scale, corpus)
-    if not (folder / "manifest.json").exists():
+    with_library = not corpus and scale.corpus == "stdlib"
+    wanted = ("manifest.json", "library") if with_library else ("manifest.json",)
+    if not all((folder / name).exists() for name in wanted):
         folder.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print("waiting for another process that prepares the same rows", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            prepare_missing(scale, corpus, folder, source, with_library)
+    prepare.check_rows(folder, ("train.bin", *prepare.SCORED))
+    return folder
+
+
+def prepare_missing(
+    scale: Scale, corpus: str | None, folder: Path, source: str, with_library: bool
+) -> None:
+    """Make what is missing of the rows and of the library. The caller holds the folder's lock."""
+    if not (folder / "manifest.json").exists():
         if corpus or scale.corpus == "stdlib":
             for leftover in folder.iterdir():  # val's documents are known in one go only
                 leftover.unlink()
@@ -268,7 +290,5 @@ def ensure_rows(scale: Scale, corpus: str | None) -> Path:
             parts = {"val": climbmix_shard(VAL_SHARD), "hidden": climbmix_shard(HIDDEN_SHARD)}
             parts |= {f"train-{index:05d}": climbmix_shard(index) for index in shards}
         write_rows(scale, folder, source, train, parts)
-    if not corpus and scale.corpus == "stdlib" and not (folder / "library").exists():
+    if with_library and not (folder / "library").exists():
         write_library(folder / "library")
-    prepare.check_rows(folder, ("train.bin", *prepare.SCORED))
-    return folder
