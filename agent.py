@@ -23,6 +23,7 @@ here = os.path.dirname(os.path.realpath(__file__))
 sys.path = [path for path in sys.path if os.path.realpath(path) != here] + [here]
 
 import argparse
+import importlib
 import json
 import math
 import re
@@ -33,11 +34,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.pycache_prefix = os.devnull  # an old bytecode must not stand in for these
+bytecode, sys.pycache_prefix = sys.pycache_prefix, os.devnull  # an old one must not stand in
 from journal import (
     LOG,
     RESULTS,
@@ -92,7 +94,7 @@ from slots import (
 )
 from warden import MEMORY_SHARE, memory_available
 
-sys.pycache_prefix = None
+sys.pycache_prefix = bytecode
 
 BASELINE_RUNS = 3
 BEST_RUNS = 5  # of the best, at most, with its repeated measurements
@@ -673,9 +675,11 @@ class Night:
             self.report_at = time.monotonic() + REPORT_SECONDS
             words = ("report", "--tag", self.run.tag)
             self.report = subprocess.Popen(
-                ["nice", *trusted_command("agent.py", *words)], env=trusted_environment(),
+                trusted_command("agent.py", *words), env=trusted_environment(),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
+            with suppress(OSError):  # it may be over; what is training goes first
+                os.setpriority(os.PRIO_PROCESS, self.report.pid, 10)
 
     def take_proposal(self) -> None:
         """What the proposer thought of waits for a slot, under a number, and outlives a kill."""
@@ -742,6 +746,7 @@ def night(args: argparse.Namespace) -> None:
     limits = [f"after {cap:g} {unit}" for unit, cap in caps.items() if cap is not None]
     say(f"{line}; stops " + (" or ".join(limits) or "when you say so"))
     scale, args.slots = find_slots(args)
+    scale["unconfined"] = args.unconfined  # such results are not compared with others
     run = find_run(args.tag, scale)
     settle_in(run, args.slots)
     run.read_spent()
@@ -791,14 +796,20 @@ def indices(text: str) -> list[int]:
     return [count(each) for each in text.split(",")]
 
 
+def own_module(name: str) -> Any:
+    """Import a module of this checkout that only one command needs, without old bytecode."""
+    before, sys.pycache_prefix = sys.pycache_prefix, os.devnull
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.pycache_prefix = before
+
+
 def main() -> int:
     if sys.argv[1:2] == ["report"]:
-        import report  # which has pictures to draw
-
-        return report.main(sys.argv[2:])
+        return own_module("report").main(sys.argv[2:])
     if sys.argv[1:2] == ["promote"]:
-        import promote
-
+        promote = own_module("promote")
         return carefully(promote.promote, promote.parse(sys.argv[2:]))
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)

@@ -298,7 +298,7 @@ def commit_message(done: Experiment, settings: str) -> str:
 def parse_message(commit: str, message: str) -> tuple[Experiment, str]:
     """(experiment, settings) of a commit of ours: the inverse of commit_message."""
     description, *middle, trailers = message.rstrip("\n").split("\n\n")
-    lines = (line.split(": ", 1) for line in trailers.splitlines())
+    lines = (line.split(": ", 1) for line in trailers.split("\n"))
     named = {each.name.lower(): each.name for each in fields(Experiment)}  # tokens_M as Tokens-m
     known = ((name.replace("-", "_").lower(), json.loads(value)) for name, value in lines)
     facts = {named.get(name, name): value for name, value in known}
@@ -400,7 +400,8 @@ class Run:
     tiny: dict[str, Any] = field(default_factory=dict)  # the scale cpu, to try ideas out
 
     def settings(self) -> str:
-        return "{name} {budget:g} {clock} {manifest} {referee} {device}".format(**self.scale)
+        text = "{name} {budget:g} {clock} {manifest} {referee} {device}".format(**self.scale)
+        return text + (" unconfined" if self.scale.get("unconfined") else "")
 
     def branch(self) -> str:
         return f"refs/heads/autoresearch/{self.tag}"

@@ -255,6 +255,7 @@ def promote(args: argparse.Namespace) -> None:
     set_budget(known.scale["budget"], known.scale["clock"])
     scale = describe_machine(args.corpus, known.scale["name"])
     args.slots = choose_slots(args, scale)
+    scale["unconfined"] = args.unconfined
     run = find_run(known.tag, scale)
     kept = [e for e in run.history if e.number and e.status == "keep"]
     if not kept:

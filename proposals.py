@@ -117,7 +117,8 @@ def places(text: str, source: str) -> list[int]:
     if not 0 < len(text) <= len(source):
         return []
     start, end = (r"\b" if re.match(r"\w", each) else "" for each in (text, text[-1]))
-    return [found.start() for found in re.finditer(start + re.escape(text) + end, source)]
+    # Ahead of each place, so that matches which overlap are all found.
+    return [found.start() for found in re.finditer(f"(?={start}{re.escape(text)}{end})", source)]
 
 
 def complete(proposal: Proposal, run: Run) -> Proposal:

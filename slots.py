@@ -446,8 +446,9 @@ def end_leftover(run: Run) -> None:
                 shutil.rmtree(litter, ignore_errors=True)
             return
         time.sleep(0.1)
-    pids = ", ".join(link.parent.name for link in own)
-    raise SetupError(f"an earlier run is still alive: processes {pids}", f"kill -9 {pids}")
+    pids = [link.parent.name for link in own]
+    said = f"an earlier run is still alive: processes {', '.join(pids)}"
+    raise SetupError(said, f"kill -9 {' '.join(pids)}")
 
 
 def lives_in(link: Path, folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """The full run: several ranks train what one trains, a broken run what an unbroken one does."""
 
-import os
+import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,89 +11,126 @@ import torch
 import prepare
 from support.checkout import ROOT, sh
 
-STEPS = 20
-# train.py, which in each step notes its loss on certain rows, and in the end leaves its weights.
+STEPS, STEP_TOKENS, STEP_ROWS = 8, 1024, 8
+# train.py with small steps. In each step it notes its loss on certain rows, and in the end it
+# leaves its weights. Every run but the last one is a process forked from one that has loaded torch.
 WATCHED = """
-import os, sys, torch
+import json, os, sys, torch
 import train
 torch.set_default_dtype(torch.float64)  # in which rounding does not grow to what is looked for
 train.half = lambda device: torch.float64
-rows_a_pass, broken_at, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 train.NGRAM_ROWS = 4096  # what ranks send each other is dense
-train.DEVICE_BATCH_SIZE, losses, models = rows_a_pass, [], []
+train.TOTAL_BATCH_SIZE = STEP_TOKENS
 build, schedule = train.build_model, train.set_schedules
 rows = torch.randint(1024, (8, 129), generator=torch.Generator().manual_seed(0))
 
-def build_model():
-    models.append(build())
-    return models[0]
+def watch(rows_a_pass, broken_at, checkpoints, path):
+    train.DEVICE_BATCH_SIZE, losses, models = rows_a_pass, [], []
+    os.environ["AUTORESEARCH_CHECKPOINTS"] = checkpoints
 
-def set_schedules(optimizers, progress, step):
-    with torch.no_grad():
-        losses.append(models[0].loss(rows[:, :-1], rows[:, 1:]).item())
-    if step == broken_at:
-        os._exit(9)
-    schedule(optimizers, progress, step)
+    def build_model():
+        models.append(build())
+        return models[0]
 
-def finish(model, **claims):
-    if train.ranks()[0] == 0:
-        torch.save((losses, model.state_dict(), claims["num_steps"]), path)
+    def set_schedules(optimizers, progress, step):
+        with torch.no_grad():
+            losses.append(models[0].loss(rows[:, :-1], rows[:, 1:]).item())
+        if step == broken_at:
+            os._exit(9)
+        schedule(optimizers, progress, step)
 
-train.build_model, train.set_schedules, train.finish = build_model, set_schedules, finish
-train.main()
-"""
+    def finish(model, **claims):
+        if train.ranks()[0] == 0:
+            torch.save((losses, model.state_dict(), claims["num_steps"]), path)
+
+    train.build_model, train.set_schedules, train.finish = build_model, set_schedules, finish
+    train.main()
+
+*before, last = json.loads(sys.argv[1])
+for run in before:
+    if os.fork() == 0:
+        watch(*run)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == (9 if run[1] >= 0 else 0), run
+watch(*last)
+""".replace("STEP_TOKENS", str(STEP_TOKENS))
 
 
-@pytest.fixture
-def watched(cpu_rows, tmp_path):
-    """Runs WATCHED: (losses, weights, steps), or None if it was broken off."""
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED)
+def a_run(rows=STEP_ROWS, broken_at=-1, checkpoints=""):
+    """A run of WATCHED: rows a pass on each rank; the step that it dies in, if any."""
+    return rows, broken_at, str(checkpoints)
 
-    def run(name, ranks=1, rows=32, broken_at=-1, checkpoints=""):
-        path = tmp_path / name
+
+@pytest.fixture(scope="class")
+def watched(cpu_rows, tmp_path_factory):
+    """Runs WATCHED: [(losses, weights, steps), or None of a run that was broken off]."""
+    folder = tmp_path_factory.mktemp("watched")
+    script = folder / "watched.py"
+    script.write_text(WATCHED, encoding="utf-8")
+
+    def watch(*runs, ranks=1):
         environment = cpu_rows | {
-            "AUTORESEARCH_BUDGET_TOKENS": str(STEPS * 4096), "PYTHONPATH": str(ROOT),
-            "AUTORESEARCH_CHECKPOINTS": checkpoints, "OMP_NUM_THREADS": "1",
-        }
+            "AUTORESEARCH_BUDGET_TOKENS": str(STEPS * STEP_TOKENS), "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         launch = [sys.executable]
         if ranks > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = sh(*launch, script, rows, broken_at, path, cwd=tmp_path, env=environment)
-        assert (done.returncode == 0) == (broken_at < 0), done.stderr
-        return torch.load(path) if broken_at < 0 else None
+        paths = [folder / f"{number}.pt" for number in range(len(runs))]
+        told = json.dumps([(*run, str(path)) for run, path in zip(runs, paths, strict=True)])
+        done = sh(*launch, script, told, cwd=folder, env=environment, timeout=1000)
+        broken = [run[1] >= 0 for run in runs]
+        assert (done.returncode != 0) == broken[-1], done.stderr
+        found = [torch.load(path) if path.exists() else None for path in paths]
+        assert [each is None for each in found] == broken
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return found
 
-    return run
+    return watch
+
+
+# A quarter of the rows a pass on each rank: two passes a step, the first of them not shared.
+QUARTER = STEP_ROWS // 4
+
+
+@pytest.fixture(scope="class")
+def alone(watched, tmp_path_factory):
+    """(folder of checkpoints, an unbroken run of one rank, one that was broken off twice)."""
+    kept = tmp_path_factory.mktemp("kept")
+    broken = [a_run(broken_at=step, checkpoints=kept) for step in (3, 6)]
+    whole, *_, resumed = watched(a_run(), *broken, a_run(checkpoints=kept))
+    return kept, whole, resumed
 
 
 @pytest.mark.gate
-def test_two_ranks_train_what_one_does_and_go_on_from_a_checkpoint(watched, tmp_path):
-    losses, weights, steps = watched("one")
-    assert steps == STEPS and losses[-1] != losses[0]
-    # A quarter of the rows a pass on each rank: two passes a step, the first of them not shared.
-    shared, weights_of_two, steps = watched("two", ranks=2, rows=8)
-    assert steps == STEPS
-    assert shared == pytest.approx(losses, abs=1e-5)
-    for name, weight in weights.items():
-        assert torch.allclose(weights_of_two[name], weight, atol=1e-3), name
-    kept = str(tmp_path / "kept")
-    watched("none", ranks=2, rows=8, broken_at=13, checkpoints=kept)
-    rest, resumed, steps = watched("resumed", ranks=2, rows=8, checkpoints=kept)
-    assert steps == STEPS and 1 < len(rest) < STEPS and rest == shared[-len(rest) :]
-    assert all(torch.equal(resumed[name], weight) for name, weight in weights_of_two.items())
+class TestBrokenOff:
+    def test_a_resumed_run_is_the_unbroken_one_to_the_bit(self, alone):
+        kept, (losses, weights, steps), (rest, resumed, resumed_steps) = alone
+        assert steps == resumed_steps == len(losses) == len(set(losses)) == STEPS
+        # It goes on after the second break: what the first one left has three steps at most.
+        assert 1 < len(rest) < STEPS - 3 and rest == losses[-len(rest) :]
+        assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
+        assert len(list(kept.glob("*/step-*"))) == 1  # older ones go
+
+    def test_two_ranks_that_go_on_train_what_one_does(self, alone, watched, tmp_path):
+        _, (losses, weights, _), _ = alone
+        watched(a_run(QUARTER, 5, tmp_path / "kept"), ranks=2)
+        [(rest, resumed, steps)] = watched(a_run(QUARTER, -1, tmp_path / "kept"), ranks=2)
+        assert steps == STEPS and 1 < len(rest) < STEPS
+        assert rest == pytest.approx(losses[-len(rest) :], abs=1e-5)
+        for name, weight in weights.items():
+            assert torch.allclose(resumed[name], weight, atol=1e-3), name
 
 
-@pytest.mark.gate
-def test_a_resumed_run_is_the_unbroken_one_to_the_bit(watched, tmp_path):
-    kept = str(tmp_path / "kept")
-    losses, weights, _ = watched("whole")
-    watched("none", broken_at=12, checkpoints=kept)
-    watched("none", broken_at=17, checkpoints=kept)
-    rest, resumed, steps = watched("resumed", checkpoints=kept)
-    assert steps == STEPS and 1 < len(rest) <= 5 and rest == losses[-len(rest) :]
+@pytest.mark.nightly
+def test_two_resumed_ranks_are_two_unbroken_ones_to_the_bit(watched, tmp_path):
+    [(losses, weights, steps)] = watched(a_run(QUARTER), ranks=2)
+    assert steps == len(losses) == STEPS
+    watched(a_run(QUARTER, 5, tmp_path / "kept"), ranks=2)
+    [(rest, resumed, steps)] = watched(a_run(QUARTER, -1, tmp_path / "kept"), ranks=2)
+    assert steps == STEPS and 1 < len(rest) < STEPS and rest == losses[-len(rest) :]
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
-    folders = list((tmp_path / "kept").glob("*/step-*"))
-    assert len(folders) == 1  # older ones go
 
 
 def test_several_ranks_need_a_budget_in_tokens(cpu_rows, monkeypatch):
@@ -196,4 +233,3 @@ def test_the_full_run_says_whether_it_reached_the_record(monkeypatch, capsys, va
     torch.set_num_threads(threads)
     said = capsys.readouterr().out
     assert said.endswith(f"target_bpb:       0.718000 {word}, in 1.650 hours\n")
-    assert os.environ.get("RANK") is None

@@ -1,30 +1,38 @@
-"""No false alarms: honest changes of the real train.py, each trained and scored by the real loop.
+"""No false alarms: honest changes of the real train.py, each trained, scored and probed.
 
 A change is a list of (search, replace) on the text of train.py. Every one of them must come out
-with a verdict, never as a crash or as suspicious: the probe and the cage do not stand in the way of
-honest work.
+with a score, never as a crash or as suspicious: neither the probe nor the sandbox may stand in the
+way of honest work. All are examined in the test's own process. What concerns processes, files or
+the wire also goes through agent.py, and at night all of them do.
 
-    python -m pytest -m slow tests/test_honest.py                       # some minutes
-    python -m pytest -m slow tests/test_honest.py -k bfloat16_autocast  # and all of its group
+    python -m pytest -m gate tests/test_honest.py
+    python -m pytest -m nightly tests/test_honest.py -k autocast  # and all of its group
 """
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 from textwrap import dedent, indent
+from types import SimpleNamespace
 
 import pytest
 
+import prepare
+import referee
+from prepare import Scale
 from support.checkout import ROOT, Checkout, sh
+from support.in_process import prepared_rows, score_in_process, seeded_probe, train_in_process
 
 TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
 # 256 rows of 64 tokens. A large sigma: what is better is not suspicious; few are run twice.
 SCALE = 'Scale("cpu", "stdlib", 512, 64, "cpu", 60, 16384, 0, 0.05)'
-BUDGET_TOKENS = "65536"
-GROUP = 12  # changes that share a night, and so a baseline
+TOKENS = 16384  # that a change is trained on, four steps; nightly it is sixteen
+NIGHTLY_TOKENS = 65536
+GROUP = 12  # changes that share a run of agent.py, and so a baseline
 
 # ---------------------------------------------------------------------------
 # Places in train.py
@@ -364,7 +372,17 @@ BASELINE = ("small_batch", "warmup_and_no_warmdown", "counted_bigrams_below_the_
 CLOCKED = ("nothing_but_a_name", "float64_model", "manual_softmax", "two_threads",
            "batches_taken_ahead_by_a_thread", "two_of_four_experts_in_bfloat16")  # fmt: skip
 CLOCKED_SECONDS = "4"
-SKIPPED = {} if shutil.which("g++") else {"torch_compile": "torch.compile needs g++"}
+# What only a real run of agent.py shows, two changes in each, so that there are few such runs.
+WIRED = {
+    "bfloat16_and_files": ("bfloat16_model", "weights_saved_to_files_and_read_back"),
+    "float64_and_a_thread": ("float64_model", "batches_taken_ahead_by_a_thread"),
+    "compiled_with_two_threads": ("torch_compile", "two_threads"),
+}
+# Examined without any mark. Those of WIRED are left out here: some need a folder of their own.
+QUICK = ("nothing_but_a_name", "manual_softmax", "gru", "counted_bigrams_below_the_logits",
+         "float16_autocast")  # fmt: skip
+EXAMINED = [name for name in CHANGES if not any(name in names for names in WIRED.values())]
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 
 
 def changed(*names):
@@ -377,80 +395,205 @@ def changed(*names):
     return source
 
 
-def honest_checkout(folder, cache, source):
-    """A checkout with this train.py, and a scale that it fits."""
-    checkout = Checkout(folder, cache)
-    checkout.exchange("prepare.py", r'Scale\("cpu", .*?\)', SCALE)
-    checkout.exchange("rule.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all alike
-    checkout.exchange("agent.py", "\nMEASURE_AFTER = 10", "\nMEASURE_AFTER = 99")
-    checkout.write_train(source)
-    checkout.commit_all()
-    checkout.env["AUTORESEARCH_BUDGET_TOKENS"] = BUDGET_TOKENS
-    return checkout
-
-
-@pytest.fixture(scope="module")
-def tried(tmp_path_factory, cache):
-    """(rows of results.tsv, the agent's end) of a change; groups of changes share a night.
-
-    The budget is in tokens, to be quick; or in seconds.
-    """
-    names = [name for name in CHANGES if name not in SKIPPED]
-
-    @functools.cache
-    def night(group, clocked):
-        folder = tmp_path_factory.mktemp("honest")
-        checkout = honest_checkout(folder / "checkout", cache, changed(*BASELINE))
-        if clocked:
-            checkout.exchange("prepare.py", "import torch  #", "import torch._dynamo  #")
-            checkout.commit_all()
-            del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
-            checkout.env["AUTORESEARCH_BUDGET"] = CLOCKED_SECONDS
-        ours = CLOCKED if clocked else names[group * GROUP : (group + 1) * GROUP]
-        paths = [folder / f"{name}.py" for name in ours]
-        for path in paths:
-            path.write_text(changed(path.stem), encoding="utf-8")
-        done = checkout.agent("--patches", *paths, "--tag", "t", timeout=3600)
-        rows = checkout.rows() if (folder / "checkout/results.tsv").exists() else []
-        return [row for row in rows if row["status"] != "measure"], done
-
-    def rows_of(name, clocked=False):
-        rows, done = night(0 if clocked else names.index(name) // GROUP, clocked)
-        return [row for row in rows if row["description"].split()[0] == f"{name}.py"], done
-
-    return rows_of
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_honest_change_fits_train_py(name):
     assert changed(name) != TRAIN
 
 
-@pytest.mark.gate
-@pytest.mark.parametrize("name", CHANGES)
-def test_an_honest_change_is_judged_by_its_score_alone(tried, name):
-    if name in SKIPPED:
-        pytest.skip(SKIPPED[name])
-    rows, done = tried(name)
-    assert len(rows) == 1, done.stderr
-    assert rows[0]["status"] in ("keep", "discard"), rows[0]["description"]
-    assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
+# ---------------------------------------------------------------------------
+# In this process
+# ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scale():
+    return eval(SCALE, {"Scale": Scale})
+
+
+@pytest.fixture(scope="module")
+def rows(cache, scale):
+    return prepared_rows(cache, scale)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.gate) for name in EXAMINED],
+)
+def test_an_honest_change_has_a_score_and_raises_no_alarm(name, scale, rows, tmp_path):
+    """By two probes: their decoys are other ones, but the rows that are scored are not.
+
+    Many CPUs are slow in bfloat16, which has one probe.
+    """
+    (tmp_path / "train.py").write_text(changed(name), encoding="utf-8")
+    logits_of = train_in_process(tmp_path / "train.py", scale, rows, TOKENS)
+    scores = []
+    for seed in range(1 if "bfloat16" in name else 2):
+        with seeded_probe(seed):
+            scores.append(score_in_process(logits_of, scale, rows))
+    assert math.isfinite(scores[0]) and scores[-1] == pytest.approx(scores[0], abs=1e-6)
+    learned = prepare.evaluate(lambda x: 0 * logits_of(x), rows, "val", scale) - scores[0]
+    assert learned > 0.1, f"{scores[0]:.3f} is no better than equal logits"
+
+
+def test_the_same_examination_notices_a_change_that_is_not_honest(scale, rows, tmp_path):
+    """The counted bigrams once more, with a hint of the token that is to be predicted."""
+    source = changed("counted_bigrams_below_the_logits")
+    search = ".log()[tokens]"
+    assert source.count(search) == 1
+    hint = search + " + 0.1 * F.one_hot(tokens.roll(-1, 1), SCALE.vocab_size)"
+    (tmp_path / "train.py").write_text(source.replace(search, hint), encoding="utf-8")
+    logits_of = train_in_process(tmp_path / "train.py", scale, rows, TOKENS)
+    for seed in range(2):
+        with seeded_probe(seed), pytest.raises(prepare.Crash, match="later tokens"):
+            score_in_process(logits_of, scale, rows)
+
+
+# CPU seconds for each query of a real run, val and hidden, and what was left of the clock's slack:
+# with a budget of 4 seconds, on two cores that fifteen processes wanted.
+ANSWERS = {
+    "nothing_but_a_name": (
+        [0.05, 0.05, 0.05, 0.03, 0.03, 0.04, 0.04, 0.03, 0.04, 0.04, 0.03,
+         0.05, 0.02, 0.04, 0.03, 0.04, 0.03, 0.05, 0.04, 0.05],
+        1.09,
+    ),
+    "float64_model": (
+        [0.07, 0.04, 0.03, 0.04, 0.04, 0.04, 0.04, 0.02, 0.03, 0.06, 0.04,
+         0.03, 0.02, 0.06, 0.03, 0.02, 0.04, 0.04, 0.03, 0.03],
+        1.08,
+    ),
+    "manual_softmax": (
+        [0.05, 0.03, 0.04, 0.03, 0.03, 0.04, 0.03, 0.03, 0.03, 0.04, 0.03,
+         0.03, 0.04, 0.04, 0.03, 0.04, 0.04, 0.03, 0.03, 0.03],
+        1.12,
+    ),
+    "two_threads": (
+        [0.04, 0.04, 0.03, 0.04, 0.04, 0.04, 0.03, 0.05, 0.04, 0.03, 0.05,
+         0.05, 0.05, 0.03, 0.05, 0.03, 0.04, 0.03, 0.05, 0.04],
+        1.06,
+    ),
+    "batches_taken_ahead_by_a_thread": (
+        [0.04, 0.03, 0.05, 0.03, 0.04, 0.06, 0.03, 0.05, 0.03, 0.04, 0.03,
+         0.05, 0.03, 0.03, 0.05, 0.05, 0.04, 0.04, 0.05, 0.05],
+        1.00,
+    ),
+    "two_of_four_experts_in_bfloat16": (
+        [0.18, 0.18, 0.17, 0.21, 0.27, 0.17, 0.24, 0.26, 0.23, 0.19, 0.20,
+         0.23, 0.20, 0.21, 0.21, 0.24, 0.22, 0.20, 0.20, 0.22],
+        1.00,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_honest_change_keeps_to_the_pace_that_its_answers_set(name):
+    taken, slack = ANSWERS[name]
+
+    def check_pace(*more):
+        referee.Confined.check_pace(SimpleNamespace(taken=[*taken, *more], slack=slack))
+
+    check_pace()
+    longest = max(taken)
+    check_pace(longest + 0.5 * slack)
+    with pytest.raises(prepare.Crash, match="trained on while answering"):
+        check_pace(longest + 1.5 * slack)
+
+
+# ---------------------------------------------------------------------------
+# By agent.py
+# ---------------------------------------------------------------------------
+
+
+def honest_checkout(folder, cache, source, tokens=TOKENS):
+    """A checkout with this train.py, and a scale that it fits."""
+    checkout = Checkout(folder, cache)
+    checkout.exchange("prepare.py", r'Scale\("cpu", .*?\)', SCALE)
+    checkout.exchange("rule.py", "\nRUNS_MOST = 4", "\nRUNS_MOST = 1")  # all alike
+    checkout.exchange("agent.py", "\nMEASURE_AFTER = 10", "\nMEASURE_AFTER = 99")
+    # Limits by the wall clock that follow from the baseline: on a busy machine it may be too quick.
+    checkout.exchange("slots.py", "\nSTART_OVERTIME = 60.0", "\nSTART_OVERTIME = 86_400.0")
+    checkout.exchange("slots.py", "\nANSWERS_SHARE = 3.0", "\nANSWERS_SHARE = 1e6")
+    checkout.exchange("slots.py", r"return 2 \* baseline \+ 60 if baseline else", "return")
+    checkout.write_train(source)
+    checkout.commit_all()
+    checkout.env["AUTORESEARCH_BUDGET_TOKENS"] = str(tokens)
+    return checkout
+
+
+def judged(checkout, changes):
+    """Have agent.py try {name: train.py}; its rows by name, without repeated measurements."""
+    folder = checkout.folder.parent
+    paths = [folder / f"{name}.py" for name in changes]
+    for path, source in zip(paths, changes.values(), strict=True):
+        path.write_text(source, encoding="utf-8")
+    done = checkout.agent("--patches", *paths, "--tag", "t", timeout=3600)
     assert done.returncode == 0, done.stderr
+    rows = [row for row in checkout.rows() if row["status"] != "measure"]
+    found = {row["description"].split()[0].removesuffix(".py"): row for row in rows[1:]}
+    assert len(found) == len(rows) - 1
+    return found
+
+
+def assert_judged_by_its_score_alone(row):
+    assert row["status"] in ("keep", "discard"), row["description"]
+    assert not re.search("probe|suspicious", row["description"]), row
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", CLOCKED)
-def test_an_honest_change_keeps_to_the_clock(tried, name):
-    rows, done = tried(name, clocked=True)
-    assert len(rows) == 1, done.stderr
-    assert rows[0]["status"] in ("keep", "discard"), rows[0]["description"]
-    assert not re.search("probe|suspicious", rows[0]["description"]), rows[0]
+@NEEDS_COMPILER
+def test_number_formats_threads_files_and_compiled_code_get_through_the_sandbox(tmp_path, cache):
+    """Each row is a real run of the referee, through its socket and its shared memory."""
+    checkout = honest_checkout(tmp_path / "checkout", cache, changed(*BASELINE))
+    found = judged(checkout, {name: changed(*names) for name, names in WIRED.items()})
+    assert list(found) == list(WIRED)
+    for row in found.values():
+        assert_judged_by_its_score_alone(row)
 
 
-@pytest.mark.gate
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory, cache):
+    """The row of results.tsv of a change; groups of changes share a run of agent.py.
+
+    The budget is in tokens, or in seconds.
+    """
+
+    @functools.cache
+    def group_of(number, clocked):
+        checkout = honest_checkout(
+            tmp_path_factory.mktemp("honest") / "checkout", cache, changed(*BASELINE),
+            NIGHTLY_TOKENS,
+        )  # fmt: skip
+        if clocked:
+            checkout.exchange("prepare.py", "import torch  #", "import torch._dynamo  #")
+            checkout.commit_all()
+            del checkout.env["AUTORESEARCH_BUDGET_TOKENS"]
+            checkout.env["AUTORESEARCH_BUDGET"] = CLOCKED_SECONDS
+        names = CLOCKED if clocked else list(CHANGES)[number * GROUP : (number + 1) * GROUP]
+        return judged(checkout, {name: changed(name) for name in names})
+
+    def row_of(name, clocked=False):
+        number = 0 if clocked else list(CHANGES).index(name) // GROUP
+        return group_of(number, clocked)[name]
+
+    return row_of
+
+
+@pytest.mark.nightly
+@NEEDS_COMPILER
+class TestByTheAgent:
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_an_honest_change_is_judged_by_its_score_alone(self, tried, name):
+        assert_judged_by_its_score_alone(tried(name))
+
+    @pytest.mark.parametrize("name", CLOCKED)
+    def test_an_honest_change_keeps_to_the_clock(self, tried, name):
+        assert_judged_by_its_score_alone(tried(name, clocked=True))
+
+
+@pytest.mark.nightly
 def test_an_honest_bfloat16_model_scores_the_same_by_hand_and_under_the_referee(tmp_path, cache):
     """To 1e-4: the same seed and rows, in process and through the shared memory."""
-    checkout = honest_checkout(tmp_path / "checkout", cache, changed("bfloat16_model"))
+    source = changed("bfloat16_model")
+    checkout = honest_checkout(tmp_path / "checkout", cache, source, NIGHTLY_TOKENS)
     prepared = sh(sys.executable, "prepare.py", cwd=checkout.folder, env=checkout.env)
     assert prepared.returncode == 0, prepared.stderr
     by_hand = sh(sys.executable, "train.py", cwd=checkout.folder, env=checkout.env)

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,19 +21,40 @@ from support.checkout import TOY, sh
 SMALL = Scale("small", "stdlib", 512, 32, "tokens", 4096, 8192, 0, 0.01)
 
 
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    """A folder with all kinds of files; the cache lies beside it."""
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for index, path in enumerate(pretokenize.corpus_files(None)[:60]):
-        (folder / f"{index}.txt").write_bytes(path.read_bytes())
+@pytest.fixture(scope="module")
+def files():
+    """Text to prepare: 64 files of the standard library, which takes a second to look through."""
+    return pretokenize.corpus_files(None)[:64]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, files):
+    """(corpus with all kinds of files, cache with its rows, their folder): not to be altered."""
+    corpus, cache = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("cache")
+    for index, path in enumerate(files[:60]):
+        (corpus / f"{index}.txt").write_bytes(path.read_bytes())
     rows = [json.dumps({"text": f"json document {n} " * 40}) for n in range(200)]
-    (folder / "more.jsonl").write_text("\n".join(rows))
-    (folder / "picture.png").write_bytes(b"\x89PNG\0\0" * 100)
-    (folder / ".hidden").write_text("secret")
-    return folder
+    (corpus / "more.jsonl").write_text("\n".join(rows))
+    (corpus / "picture.png").write_bytes(b"\x89PNG\0\0" * 100)
+    (corpus / ".hidden").write_text("secret")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(cache))
+        return corpus, cache, pretokenize.ensure_rows(SMALL, str(corpus))
+
+
+@pytest.fixture
+def folder(prepared):
+    """The prepared rows, to be read only."""
+    return prepared[2]
+
+
+@pytest.fixture
+def own(prepared, tmp_path, monkeypatch):
+    """(the corpus as an argument, a folder of its rows that a test may alter)."""
+    corpus, cache, folder = prepared
+    shutil.copytree(cache, tmp_path / "cache")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return str(corpus), tmp_path / "cache" / folder.name
 
 
 def rows_of(folder, split):
@@ -47,8 +70,7 @@ def texts_of(folder, split):
     ]
 
 
-def test_rows_are_full_start_with_bos_and_splits_share_no_document(corpus):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
+def test_rows_are_full_start_with_bos_and_splits_share_no_document(folder):
     seen = {}
     for split in ("train", "val", "hidden"):
         rows = rows_of(folder, split)
@@ -74,8 +96,8 @@ def test_packing_loses_almost_nothing_and_every_document_starts_with_bos():
     assert (rows == 511).sum() <= pieces
 
 
-def test_preparation_is_repeatable_and_interrupted_it_leaves_nothing_complete(corpus, monkeypatch):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
+def test_preparation_is_repeatable_and_interrupted_it_leaves_nothing_complete(own, monkeypatch):
+    corpus, folder = own
     first = (folder / "manifest.json").read_bytes()
     (folder / "manifest.json").unlink()
     with monkeypatch.context() as patch:
@@ -83,27 +105,30 @@ def test_preparation_is_repeatable_and_interrupted_it_leaves_nothing_complete(co
             prepare.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            pretokenize.ensure_rows(SMALL, str(corpus))
+            pretokenize.ensure_rows(SMALL, corpus)
     assert not (folder / "manifest.json").exists() and not (folder / "train.bin").exists()
-    assert pretokenize.ensure_rows(SMALL, str(corpus)) == folder
+    assert pretokenize.ensure_rows(SMALL, corpus) == folder
     assert (folder / "manifest.json").read_bytes() == first
 
 
-def test_altered_rows_are_noticed(corpus):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
+def test_altered_rows_are_noticed(own):
+    corpus, folder = own
+    assert pretokenize.ensure_rows(SMALL, corpus) == folder
     data = bytearray((folder / "val.bin").read_bytes())
     data[100] ^= 1
     (folder / "val.bin").write_bytes(data)
     with pytest.raises(SetupError, match="val.bin"):
-        pretokenize.ensure_rows(SMALL, str(corpus))
+        pretokenize.ensure_rows(SMALL, corpus)
 
 
-def test_climbmix_shards_come_through_datasets_and_a_missing_one_is_named(tmp_path, monkeypatch):
+def test_climbmix_shards_come_through_datasets_and_a_missing_one_is_named(
+    tmp_path, monkeypatch, files
+):
     """Real Parquet shards, served from a folder by the code that reads the Hub."""
     import pyarrow
     import pyarrow.parquet
 
-    texts = [path.read_text(errors="replace") for path in pretokenize.corpus_files(None)[:40]]
+    texts = [path.read_text(errors="replace") for path in files[:40]]
     for number, index in enumerate((0, 1, prepare.HIDDEN_SHARD, prepare.VAL_SHARD)):
         table = pyarrow.table({"text": texts[number * 10 : number * 10 + 10]})
         pyarrow.parquet.write_table(
@@ -130,15 +155,15 @@ def test_climbmix_shards_come_through_datasets_and_a_missing_one_is_named(tmp_pa
     ]
 
 
-def test_interrupted_climbmix_goes_on_with_the_first_missing_shard(tmp_path, monkeypatch):
+def test_interrupted_climbmix_goes_on_with_the_first_missing_shard(tmp_path, monkeypatch, files):
     read = []
 
     def shard(index):
         read.append(index)
         if index == 1 and len(read) < 6:
             raise SetupError("shard_00001.parquet: gone", "again")
-        files = pretokenize.corpus_files(None)[index % 7 * 8 :][:8]
-        yield from (path.read_text(errors="replace") for path in files)
+        of_shard = files[index % 7 * 8 :][:8]
+        yield from (path.read_text(errors="replace") for path in of_shard)
 
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setattr(pretokenize, "climbmix_shard", shard)
@@ -158,9 +183,8 @@ def test_column_that_is_missing_is_named(tmp_path, monkeypatch):
         pretokenize.ensure_rows(SMALL, str(tmp_path / "a.jsonl"))
 
 
-def test_evaluate_agrees_with_a_naive_oracle(corpus):
+def test_evaluate_agrees_with_a_naive_oracle(folder):
     """Summed over single tokens in float64, BOS left out."""
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
     torch.manual_seed(0)
     table = torch.randn(512, 512)
     rows, (_, bytes_of) = rows_of(folder, "val").astype(np.int64), prepare.load_tokenizer(folder)
@@ -177,8 +201,7 @@ def test_evaluate_agrees_with_a_naive_oracle(corpus):
     assert shifted == pytest.approx(got, abs=1e-4)
 
 
-def test_uniform_logits_score_the_bits_of_the_vocabulary(corpus):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
+def test_uniform_logits_score_the_bits_of_the_vocabulary(folder):
     bytes_of = np.array(prepare.load_tokenizer(folder)[1])
     targets = bytes_of[rows_of(folder, "val")[:, 1:]]
     expected = math.log2(512) * (targets > 0).sum() / targets.sum()
@@ -190,14 +213,12 @@ def test_uniform_logits_score_the_bits_of_the_vocabulary(corpus):
     "answer",
     [lambda x: torch.full((*x.shape, 512), math.nan), lambda x: torch.zeros(*x.shape, 511)],
 )
-def test_logits_that_are_none_are_a_crash(corpus, answer):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
+def test_logits_that_are_none_are_a_crash(folder, answer):
     with pytest.raises(Crash):
         prepare.evaluate(answer, folder, "val", SMALL)
 
 
-def test_batches_serve_the_budget_in_tokens_and_repeat_with_the_seed(corpus, monkeypatch):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
+def test_batches_serve_the_budget_in_tokens_and_repeat_with_the_seed(folder, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_ROWS", str(folder))
     monkeypatch.setattr(prepare, "current_scale", lambda: SMALL)
 
@@ -217,8 +238,8 @@ def test_batches_serve_the_budget_in_tokens_and_repeat_with_the_seed(corpus, mon
         next(prepare.batches(0, torch.device("cpu")))
 
 
-def test_draws_tell_who_drew_the_same_numbers_before_the_first_batch(corpus, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_ROWS", str(pretokenize.ensure_rows(SMALL, str(corpus))))
+def test_draws_tell_who_drew_the_same_numbers_before_the_first_batch(folder, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_ROWS", str(folder))
     monkeypatch.setattr(prepare, "current_scale", lambda: SMALL)
 
     def draws(seed, *shapes):
@@ -234,18 +255,38 @@ def test_draws_tell_who_drew_the_same_numbers_before_the_first_batch(corpus, mon
     assert len({draws(1, (4, 8)), draws(2, (4, 8)), draws(1, (4, 9)), draws(1)}) == 4
 
 
-def test_cpu_clock_stops_after_its_seconds_of_work_not_of_waiting(corpus, monkeypatch):
-    folder = pretokenize.ensure_rows(SMALL, str(corpus))
-    scale = dataclasses.replace(SMALL, clock="cpu", budget=0.2)
+def test_cpu_clock_stops_after_its_seconds_of_work_not_of_waiting(folder, monkeypatch):
+    scale = dataclasses.replace(SMALL, clock="cpu", budget=0.9)
+    now = SimpleNamespace(worked=5.0, passed=100.0)
+    clock = SimpleNamespace(process_time=lambda: now.worked, monotonic=lambda: now.passed)
     monkeypatch.setenv("AUTORESEARCH_ROWS", str(folder))
     monkeypatch.setattr(prepare, "current_scale", lambda: scale)
-    started = prepare.time.process_time()
+    monkeypatch.setattr(prepare, "SPENT", prepare.Spent(looked=math.inf))  # at no other process
+    monkeypatch.setattr(prepare, "time", clock)
+    served = []
     for _, _, progress in prepare.batches(4, torch.device("cpu")):
-        prepare.time.sleep(0.001)
-        sum(range(20_000))
-        assert 0 <= progress < 1
-    assert 0.2 <= prepare.time.process_time() - started < 0.5
-    assert prepare.SPENT.wall_seconds > prepare.SPENT.seconds
+        served.append(progress)
+        now.worked, now.passed = now.worked + 0.25, now.passed + 3.0
+    assert served == pytest.approx([0.0, 0.25 / 0.9, 0.5 / 0.9, 0.75 / 0.9])
+    assert prepare.SPENT.seconds == pytest.approx(1.0)
+    assert prepare.SPENT.wall_seconds == pytest.approx(12.0)
+
+
+def test_cpu_clock_counts_what_this_process_and_those_that_it_waited_for_have_worked(monkeypatch):
+    """Measured from outside and from within, it lies between the two, however long that takes."""
+    monkeypatch.setattr(prepare, "SPENT", prepare.Spent(looked=math.inf))  # at no other process
+    own = prepare.time.process_time
+    outer = own()
+    started = prepare.cpu_seconds()
+    inner = own()
+    sum(range(300_000))
+    least = own() - inner
+    counted = prepare.cpu_seconds() - started
+    assert 0 < least <= counted <= own() - outer + 1e-6
+    work = "import time\nwhile time.process_time() < 0.3: pass"
+    started = prepare.cpu_seconds()
+    assert sh(sys.executable, "-c", work, cwd="/").returncode == 0
+    assert prepare.cpu_seconds() - started > 0.28  # it is told in ticks of 10 ms
 
 
 def test_by_hand_and_under_the_referee_a_model_scores_the_same(checkout):

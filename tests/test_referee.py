@@ -1,6 +1,7 @@
 """The referee as a process: it stands by, hands train.py over, screens.
 
-What it measures is in test_prepare.py, what it withstands in test_red_team.py and test_honest.py.
+What it measures is in test_prepare.py, what it withstands in test_red_team.py and test_honest.py,
+and its probe in test_probe.py.
 """
 
 import json
@@ -9,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,8 @@ import pytest
 import prepare
 import referee
 from support.checkout import ROOT, TOY, sh
+from support.in_process import TINY_SCALE, prepared_rows, referee_in_process
+from support.waiting import PATIENCE_SECONDS, wait_until
 
 
 @pytest.mark.parametrize(
@@ -44,13 +46,20 @@ def test_what_a_program_sets_before_it_loads_torch_is_found_or_said_to_be_unclea
     assert referee.early_environment(f"import os\n{lines}\n".encode()) == found
 
 
+def fields(pid):
+    """Return the fields of /proc/PID/stat from the state on, [] if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 class StandingBy:
     """A referee that waits, with what its process group shows of it."""
 
-    def __init__(self, checkout, like):
-        facts = sh(sys.executable, "prepare.py", cwd=checkout.folder, env=checkout.env)
-        self.folder, self.env = checkout.folder / "runs/t", checkout.env
-        self.env |= {"AUTORESEARCH_ROWS": json.loads(facts.stdout)["rows"]}
+    def __init__(self, checkout, rows, like):
+        self.folder = checkout.folder / "runs/t"
+        self.env = checkout.env | {"AUTORESEARCH_ROWS": str(rows)}
         (self.folder / "standby").mkdir(parents=True)
         command = [sys.executable, "referee.py", self.folder / "standby", "--wait", like]
         self.process = subprocess.Popen(
@@ -58,8 +67,8 @@ class StandingBy:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def in_the_cage(self):
-        """Process numbers of those whose folder is the throw-away one."""
+    def in_the_sandbox(self):
+        """Return the process numbers of those whose folder is the throw-away one."""
         found = []
         for link in Path("/proc").glob("[0-9]*/cwd"):
             try:
@@ -69,90 +78,108 @@ class StandingBy:
                 continue
         return found
 
-    def await_warm(self):
-        """Until torch is loaded in the cage."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            for pid in self.in_the_cage():
+    def warm(self):
+        """Return the process in the sandbox that has loaded torch, 0 if there is none yet."""
+        for pid in self.in_the_sandbox():
+            try:
                 if "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text():
                     return pid
-            time.sleep(0.05)
-        raise AssertionError(self.process.stderr.read())
+            except OSError:
+                continue
+        return 0
+
+    def await_warm(self):
+        return wait_until(self.warm, self.process)
+
+    def children(self):
+        """Return the processes that the referee has started and that have not ended."""
+        of_all = {pid: fields(pid) for pid in filter(str.isdigit, os.listdir("/proc"))}
+        ours = {pid: each for pid, each in of_all.items() if each[1:2] == [str(self.process.pid)]}
+        return [pid for pid, each in ours.items() if each[0] != "Z"]
 
     def run(self, number, source, *words):
-        """Hand train.py over; result.json and run.log."""
+        """Hand train.py over; return result.json and run.log."""
         folder = self.folder / f"{number}"
         folder.mkdir()
         (folder / "train.py").write_text(source)
         self.process.stdin.write(json.dumps([str(folder), "--seed", "5", *words]) + "\n")
-        self.process.stdin.flush()
-        while self.process.poll() is None:  # its stdin stays open, or the run would be ended
-            time.sleep(0.05)
-        assert self.process.returncode == 0, self.process.stderr.read()
+        self.process.stdin.flush()  # and it stays open, or the run would be ended
+        assert self.process.wait(PATIENCE_SECONDS) == 0, self.process.stderr.read()
         return json.loads((folder / "result.json").read_text()), (folder / "run.log").read_text()
 
 
 SEEDED = "    torch.manual_seed("
-TELL = 'print("threads", torch.get_num_threads(), os.environ["AUTORESEARCH_SEED"], os.getpid())'
-TELLS = TOY.replace(SEEDED, f"    {TELL}\n{SEEDED}")
+TELL = """\
+    print("threads", torch.get_num_threads(), os.environ["AUTORESEARCH_SEED"])
+    print("started", open("/proc/self/stat").read().rpartition(")")[2].split()[19])
+"""
+TELLS = "import os\n" + TOY.replace(SEEDED, TELL + SEEDED)
+
+
+def started(log):
+    """Return when the process that ran train.py had started, in ticks since the machine did."""
+    return re.search(r"started (\d+)", log)[1]
 
 
 @pytest.fixture
-def standing_by(checkout):
-    started = []
+def standing_by(checkout, cache):
+    """Start referees that wait for a program like the one named; nothing is left of them."""
+    waiting = []
 
     def start(like):
         path = checkout.folder / "like.py"
         path.write_text(like)
-        started.append(StandingBy(checkout, path))
-        return started[-1]
+        waiting.append(StandingBy(checkout, prepared_rows(cache, TINY_SCALE), path))
+        return waiting[-1]
 
     yield start
-    for each in started:
+    for each in waiting:
         each.process.stdin.close()
-        each.process.wait(timeout=30)
-        assert not each.in_the_cage()
+        each.process.wait(PATIENCE_SECONDS)
+        assert not each.in_the_sandbox()
 
 
-@pytest.mark.parametrize("setting", ['"1"', "str(1)"], ids=["plain", "computed"])
+@pytest.mark.parametrize("setting", [
+    pytest.param('"1"', id="plain", marks=pytest.mark.gate),
+    pytest.param("str(1)", id="computed", marks=pytest.mark.nightly),
+])  # fmt: skip
 def test_what_stands_by_takes_over_only_what_is_loaded_as_that_program_says(standing_by, setting):
     """torch reads OMP_NUM_THREADS when it is loaded: too late for a process that waits."""
-    waiting = standing_by("import os\n" + TELLS)
-    waiting.await_warm()
+    waiting = standing_by(TELLS)
+    then = fields(waiting.await_warm())[19]
     ours = f'import os\n\nos.environ["OMP_NUM_THREADS"] = {setting}\n' + TELLS
     result, log = waiting.run(1, ours)
     assert result["status"] == "ok", result
     threads, seed = re.search(r"threads (\d+) (\d+)", log).groups()
-    assert (threads, seed) == ("1", "5")
+    assert (threads, seed) == ("1", "5") and started(log) != then
 
 
-def test_what_stands_by_is_the_process_that_trains_and_scores_the_same(standing_by, checkout):
-    waiting = standing_by("import os\n" + TELLS)
-    waiting.await_warm()
-    (checkout.folder / "runs/t/by-hand").mkdir()
-    (checkout.folder / "runs/t/by-hand/train.py").write_text("import os\n" + TELLS)
-    began = time.monotonic()
-    result, log = waiting.run(1, "import os\n" + TELLS)
-    warm = time.monotonic() - began
-    began = time.monotonic()
-    cold = subprocess.Popen(
-        [sys.executable, "referee.py", "runs/t/by-hand", "--seed", "5"],
-        cwd=checkout.folder, env=waiting.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert cold.wait() == 0
-    print(f"{warm:.1f} s warm, {time.monotonic() - began:.1f} s cold")
-    by_hand = json.loads((checkout.folder / "runs/t/by-hand/result.json").read_text())
-    assert result["val_bpb"] == by_hand["val_bpb"]
+def test_what_stands_by_is_the_process_that_trains_and_scores_the_same(
+    standing_by, checkout, cache
+):
+    waiting = standing_by(TELLS)
+    then = fields(waiting.await_warm())[19]
+    result, log = waiting.run(1, TELLS)
+    assert started(log) == then
     assert 'File "' not in log and not list((checkout.folder / "runs/t/standby").iterdir())
+    rows = prepared_rows(cache, TINY_SCALE)
+    budget = {"AUTORESEARCH_BUDGET_TOKENS": checkout.env["AUTORESEARCH_BUDGET_TOKENS"]}
+    cold, _ = referee_in_process(checkout, rows, TELLS, "--seed", 5, env=budget)
+    assert result["status"] == "ok" and result["val_bpb"] == cold["val_bpb"]
 
 
+@pytest.mark.gate
 def test_what_stands_by_and_dies_is_replaced_and_blamed_on_nobody(standing_by):
-    waiting = standing_by("import os\n" + TELLS)
-    os.kill(waiting.await_warm(), signal.SIGKILL)
-    result, _ = waiting.run(1, "import os\n" + TELLS)
-    assert result["status"] == "ok", result
+    waiting = standing_by(TELLS)
+    pid = waiting.await_warm()
+    then = fields(pid)[19]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not waiting.children(), waiting.process)  # its supervisor has seen it
+    result, log = waiting.run(1, TELLS)
+    assert result["status"] == "ok" and started(log) != then, result
 
 
+@pytest.mark.gate
 def test_what_was_loaded_from_another_trusted_file_does_not_run(standing_by, checkout):
     """Though it is back in its place by the time of the run, as after `git checkout x; ... -`."""
     path = checkout.folder / "prepare.py"
@@ -167,12 +194,13 @@ def test_what_was_loaded_from_another_trusted_file_does_not_run(standing_by, che
     assert not (waiting.folder / "1/result.json").exists()
 
 
+@pytest.mark.gate
 def test_it_leaves_nobody_when_it_is_not_needed(standing_by):
-    waiting = standing_by("import os\n" + TELLS)
+    waiting = standing_by(TELLS)
     waiting.await_warm()
     waiting.process.stdin.close()
-    assert waiting.process.wait(timeout=30) == 130
-    assert not waiting.in_the_cage()
+    assert waiting.process.wait(PATIENCE_SECONDS) == 130
+    assert not waiting.in_the_sandbox()
 
 
 # ---------------------------------------------------------------------------
@@ -181,7 +209,7 @@ def test_it_leaves_nobody_when_it_is_not_needed(standing_by):
 
 
 def screen(tmp_path, environment, source, **more):
-    """result.json of two steps of the real train.py with edits made."""
+    """Return result.json of two steps of the real train.py with edits made."""
     (tmp_path / "train.py").write_text(source)
     facts = json.loads(sh(sys.executable, "prepare.py", cwd=ROOT, env=environment).stdout)
     env = environment | {"AUTORESEARCH_ROWS": facts["rows"], **more}
@@ -207,14 +235,16 @@ WIDE_GATE = REAL.replace("x[..., :VALUE_GATE_CHANNELS]", "x[..., : VALUE_GATE_CH
 @pytest.mark.parametrize(
     "source, reason",
     [
-        (REAL, ""),
-        (ACTS_LATE, ""),
-        (UNEVEN, "not whole passes of 48 rows"),
-        (WIDE_GATE, "RuntimeError: mat1 and mat2 shapes"),
-        (REAL.replace("model = build_model()", "model = build_modl()"), "NameError"),
+        pytest.param(ACTS_LATE, "", id="acts late", marks=pytest.mark.gate),
+        pytest.param(UNEVEN, "not whole passes of 48 rows", id="uneven at another scale",
+                     marks=pytest.mark.gate),
+        pytest.param(WIDE_GATE, "RuntimeError: mat1 and mat2 shapes", id="shapes",
+                     marks=pytest.mark.nightly),
+        pytest.param(REAL.replace("model = build_model()", "model = build_modl()"), "NameError",
+                     id="a name", marks=pytest.mark.nightly),
+        pytest.param(REAL, "", id="the best", marks=pytest.mark.nightly),
     ],
-    ids=["the best", "acts late", "uneven at another scale", "shapes", "a name"],
-)
+)  # fmt: skip
 def test_what_fails_within_two_steps_is_told_apart(tmp_path, cpu_rows, source, reason):
     result = screen(tmp_path, cpu_rows, source, AUTORESEARCH_IMPORT="gpu")
     assert (result["status"] == "ok") == (not reason) and reason in result["reason"], result

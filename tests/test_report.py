@@ -1,4 +1,4 @@
-"""The morning report: of runs of every length, of other people's files, and in a real browser."""
+"""report.py: reports of runs of every length, of other people's files, and in a real browser."""
 
 import math
 import random
@@ -6,25 +6,18 @@ import re
 import shutil
 import statistics
 import sys
-import time
 
 import pytest
 
 import report
 from journal import Experiment, Run
+from prepare import SetupError
 from rule import Noise
 from support.api_server import Fault, proposal
 from support.checkout import ROOT, sh
 from support.histories import HISTORIES, SOURCE
-from support.stand_in import sharpness, stand_in
-
-
-@pytest.fixture
-def checkout(checkout):
-    """One with a stand-in for the referee, whose scores are exact."""
-    stand_in(checkout)
-    return checkout
-
+from support.stand_in import sharpness
+from support.waiting import wait_until
 
 FIELD = """\
 commit\tval_bpb\tmemory_gb\tstatus\tdescription
@@ -37,19 +30,14 @@ e5f6a7b\t0.992900\t44.1\tkeep\tsmaller batch
 """
 
 
-def told(folder, text, name="results.tsv"):
-    """What the command says of a file, and the folder of its page."""
-    (folder / name).write_text(text, encoding="utf-8")
-    done = sh(sys.executable, ROOT / "agent.py", "report", name, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder / f"runs/report-{name.removesuffix('.tsv')}"
-
-
 def test_any_file_of_the_field_is_read_as_it_stands(tmp_path):
-    words, folder = told(tmp_path, FIELD)
-    assert "6 rows: 3 keep, 1 discard, 2 crash" in words
-    assert "Baseline 0.997900, best 0.992900 (row 5: smaller batch), -0.005000" in words
-    assert "1 of 2 keeps are within two standard errors" in words
+    (tmp_path / "results.tsv").write_text(FIELD, encoding="utf-8")
+    done = sh(sys.executable, ROOT / "agent.py", "report", "results.tsv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "6 rows: 3 keep, 1 discard, 2 crash" in done.stdout
+    assert "Baseline 0.997900, best 0.992900 (row 5: smaller batch), -0.005000" in done.stdout
+    assert "1 of 2 keeps are within two standard errors" in done.stdout
+    folder = tmp_path / "runs/report-results"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "0.992900" in page and "a tab" in page and "http" not in page
     assert (folder / "progress.png").read_bytes().startswith(b"\x89PNG")
@@ -68,40 +56,51 @@ def test_a_reader_who_has_read_enough_is_no_error(tmp_path):
     ("\n".join(FIELD.splitlines()[:2]), "Nothing was kept beyond the baseline"),
 ])  # fmt: skip
 def test_a_file_with_little_in_it_makes_a_page_too(tmp_path, text, word):
-    words, folder = told(tmp_path, text)
-    assert word in words and (folder / "report.html").exists()
+    (tmp_path / "x.tsv").write_text(text, encoding="utf-8")
+    said = []
+    report.write(report.read_field(tmp_path / "x.tsv"), tmp_path, said.append)
+    assert word in "\n".join(said)
+    assert word in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", ["", "a\tb\n1\t2\n", "\x00\xff"])
-def test_a_file_that_is_none_is_refused_in_two_lines(tmp_path, text):
+def test_a_file_without_the_columns_of_the_field_is_refused(tmp_path, text):
     (tmp_path / "x.tsv").write_text(text, encoding="latin-1")
-    for name in ("x.tsv", "missing.tsv"):
-        done = sh(sys.executable, ROOT / "agent.py", "report", name, cwd=tmp_path)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 2
+    with pytest.raises(SetupError, match="x.tsv has no column val_bpb, status, description"):
+        report.read_field(tmp_path / "x.tsv")
+
+
+def test_a_file_that_is_not_there_is_refused_in_two_lines(tmp_path):
+    done = sh(sys.executable, ROOT / "agent.py", "report", "missing.tsv", cwd=tmp_path)
+    error, hint = done.stderr.splitlines()
+    assert done.returncode == 1 and error == "error: missing.tsv: No such file or directory"
+    assert hint.startswith("hint: ") and not done.stdout
 
 
 @pytest.mark.gate
-def test_no_run_a_baseline_only_crashes_and_one_keep(checkout):
-    done = checkout.agent("report")
+def test_a_report_tells_what_was_kept_and_the_command_that_takes_it(quick):
+    done = quick.agent("report")
     assert done.returncode == 1 and "there is no run yet" in done.stderr
-    checkout.agent("--tag", "t", "--experiments", "0")
-    done = checkout.agent("report")
-    assert done.returncode == 0 and "the gain is 0" in done.stdout, done.stderr
-    (checkout.folder / "crash.py").write_text("SHARPNESS = nothing\n")
-    checkout.agent("--tag", "t", "--patches", "crash.py")
-    done = checkout.agent("report", "--tag", "t")
-    assert "0 kept, 0 dropped, 1 crashed" in done.stdout
-    checkout.agent("--tag", "t", "--patches", *map(str, sharpness(checkout, 0.6, 0.4)))
-    done = checkout.agent("report")
-    assert "1 kept, 1 dropped, 1 crashed" in done.stdout
+    (quick.folder / "crash.py").write_text("SHARPNESS = nothing\n")
+    words = ["crash.py", *map(str, sharpness(quick, 0.6, 0.4))]
+    done = quick.agent("--tag", "t", "--patches", *words)
+    assert done.returncode == 0, done.stderr
+    done = quick.agent("report", "--tag", "t")
+    assert "1 kept, 1 dropped, 1 crashed" in done.stdout, done.stderr
     assert "Of 1 keeps about 0.0 may have gained nothing" in done.stdout
     (command,) = re.findall("git cherry-pick .*", done.stdout)
     assert done.stdout.endswith(command + "\n")
-    checkout.git("reset", "-q", "--hard")
-    sh("sh", "-c", f"git -c user.name=x -c user.email=x@y {command[4:]}", cwd=checkout.folder)
-    assert "SHARPNESS = 0.6" in (checkout.folder / "train.py").read_text()
-    page = (checkout.folder / "runs/t/report.html").read_text(encoding="utf-8")
+    quick.git("reset", "-q", "--hard")
+    sh("sh", "-c", f"git -c user.name=x -c user.email=x@y {command[4:]}", cwd=quick.folder)
+    assert "SHARPNESS = 0.6" in (quick.folder / "train.py").read_text()
+    page = (quick.folder / "runs/t/report.html").read_text(encoding="utf-8")
     assert 'class="add">+SHARPNESS = 0.6' in page and command in page
+
+
+@pytest.mark.parametrize("name", ["empty", "plateau-25"])
+def test_a_run_without_a_keep_has_gained_nothing(name):
+    words = report.report_run(HISTORIES[name](SOURCE)).words
+    assert any("Nothing was kept: the gain is 0, and what a gain of nothing" in w for w in words)
 
 
 def test_the_share_of_time_in_training_is_of_all_slots():
@@ -118,7 +117,7 @@ def test_the_share_of_time_in_training_is_of_all_slots():
 
 
 def test_intervals_of_a_gain_hold_what_they_say():
-    """By fresh runs of baseline and best, sigma from a prior and the runs of a night."""
+    """Draw fresh runs of baseline and best; sigma is from a prior and 18 runs. 0.95 ± 3 errors."""
     choose, held = random.Random(1), 0
     for _ in range(1000):
         run = Run("t", {"sigma": 0.01}, "")
@@ -132,8 +131,8 @@ def test_intervals_of_a_gain_hold_what_they_say():
     assert 930 <= held <= 970
 
 
-def test_the_luck_of_draws_is_taken_off_when_its_runs_are_not_those_of_the_best():
-    """The second keep's gain is sure; its runs are as lucky as those of the first that drew so."""
+def test_what_a_keep_was_chosen_by_is_taken_off_the_gain_of_all_that_drew_the_same():
+    """The second keep's gain is sure; its runs drew the same numbers as those of the first."""
     def kept(number, values, gain, drawn):
         return Experiment(number, "", status="keep", values=values, seeds=[1, 2], order=number,
                           base=max(0, number - 1), gain=gain, draws=[drawn] * 2)  # fmt: skip
@@ -156,16 +155,24 @@ def test_quantiles_of_student():
         assert math.isclose(report.student(freedom), quantile, rel_tol=0.01)
 
 
-@pytest.mark.parametrize("name", HISTORIES)
-def test_every_history_makes_a_page(tmp_path, name):
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.gate] if name == "10000" else []) for name in HISTORIES
+])  # fmt: skip
+def test_a_page_has_a_row_for_every_experiment_and_a_diff_for_every_keep(tmp_path, name):
     run = HISTORIES[name](SOURCE)
-    began = time.perf_counter()
     report.write(report.report_run(run), tmp_path, lambda line: None)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    print(f"{name}: {time.perf_counter() - began:.1f} s, {len(text) / 1e6:.2f} MB")
-    assert len(text) < 5e6 and str(len(run.history)) in text
+    rows = re.findall(r"<tr><td>(\d+)<td>(\w+)<td>([\d.]+|nan)<td>", text)
+    assert rows == [(str(e.number), e.status, f"{e.val_bpb():.6f}") for e in run.history]
+    kept = [e.number for e in run.experiments() if e.status == "keep"]
+    assert [int(n) for n in re.findall(r"<details><summary><b>(\d+)</b>", text)] == kept
+    counts = [sum(e.status == s for e in run.experiments()) for s in ("keep", "discard", "crash")]
+    said = "{} experiments: {} kept, {} dropped, {} crashed.".format(sum(counts), *counts)
+    assert f"<p>{said}</p>" in text
+    assert len(text) < 5e6
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("colour", ["light", "dark"])
 def test_page_in_a_real_browser(tmp_path, colour):
@@ -198,15 +205,17 @@ def test_page_in_a_real_browser(tmp_path, colour):
 
 
 @pytest.mark.gate
-def test_report_is_written_anew_during_the_night(checkout, api):
-    checkout.exchange("agent.py", "\nREPORT_SECONDS = 60.0", "\nREPORT_SECONDS = 0.0")
-    checkout.commit_all()
-    page = checkout.folder / "runs/t/report.html"
+def test_the_report_is_written_anew_while_the_run_goes_on(quick, api):
+    quick.exchange("agent.py", "\nREPORT_SECONDS = 60.0", "\nREPORT_SECONDS = 0.0")
+    quick.exchange("researcher.py", "\nSILENCE_SECONDS = 180.0", "\nSILENCE_SECONDS = 3600.0")
+    quick.commit_all()
+    page = quick.folder / "runs/t/report.html"
 
-    def written():  # while the model is thinking about the next one
-        return page.exists() and "1 kept" in page.read_text(encoding="utf-8")
+    def refuse(request):  # while the model is thinking about the next proposal
+        wait_until(lambda: page.exists() and "1 kept" in page.read_text(encoding="utf-8"))
+        return Fault(401)
 
-    server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6"), Fault(401, until=written))
-    done = checkout.agent("--tag", "t", env=server.env)
+    server = api(proposal("SHARPNESS = 0.5", "SHARPNESS = 0.6"), refuse)
+    done = quick.agent("--tag", "t", env=server.env, timeout=900)
     assert done.returncode == 1 and "refuses" in done.stderr
-    assert written()
+    assert "1 kept" in page.read_text(encoding="utf-8")

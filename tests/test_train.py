@@ -1,18 +1,18 @@
 """train.py against oracles: plain attention, plain cross-entropy, SVD, determinism."""
 
 import ast
-import os
 import re
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
 
 import prepare
 from support.checkout import ROOT, sh
+from support.in_process import surroundings
 
 
 @pytest.fixture
@@ -141,6 +141,8 @@ def test_muon_step_keeps_the_size_of_the_update_and_decays_only_where_it_agrees(
 
 
 def test_an_edited_number_of_the_optimizer_is_not_compiled_anew(train):
+    from torch._dynamo.testing import CompileCounter  # takes seconds to import
+
     torch._dynamo.reset()
     counter = CompileCounter()
     step = torch.compile(train.muon_step, dynamic=False, backend=counter, fullgraph=True)
@@ -157,16 +159,21 @@ def test_an_edited_number_of_the_optimizer_is_not_compiled_anew(train):
 
 
 def test_steps_before_the_clock_leave_no_trace(train, monkeypatch):
-    """What a GPU compiles by: parameters, and optimizers, are those of a run without it."""
+    """A GPU compiles by them. Afterwards weights and random state are those that the seed gives."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = train.build_model()
     model.init_weights()
     optimizers = train.build_optimizers(model)
+    taken = []
+    for optimizer in optimizers:
+        optimizer.register_step_post_hook(lambda made, *_: taken.append(bool(made.state)))
     train.compile_all(model, optimizers, None, 2)
-    torch.manual_seed(train.run_seed())
+    assert taken == [True] * 2 * len(optimizers)  # two steps, or there was nothing to forget
+    state = torch.get_rng_state()
     fresh = train.build_model()
     torch.manual_seed(train.run_seed())
     fresh.init_weights()
+    assert torch.equal(state, torch.get_rng_state())
     for (name, got), wanted in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert torch.equal(got, wanted), name
         assert got.grad is None
@@ -199,20 +206,28 @@ def test_schedules_are_pure_functions_of_progress(train):
     assert train.muon_weight_decay(1) == 0
 
 
-@pytest.mark.parametrize("scale", [scale.name for scale in prepare.SCALES])
-def test_every_scale_builds_on_the_meta_device(scale):
-    code = (
-        "import torch, train\n"
-        "with torch.device('meta'): model = train.build_model()\n"
-        "print(sum(p.numel() for p in model.parameters()), model.flops_per_token(), model.width)\n"
-    )
-    environment = os.environ | {"AUTORESEARCH_SCALE": scale}
-    done = sh(sys.executable, "-c", code, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    parameters, flops, width = map(int, done.stdout.split())
-    assert flops > 0 and parameters > 0 and width % 32 == 0
-    if scale == "gpu":  # the end of the field's published night: 9 layers x 640, 80.9 M parameters
-        assert width == 640 and parameters == pytest.approx(80.9e6, rel=0.01)
+@pytest.mark.parametrize("scale", prepare.SCALES, ids=lambda scale: scale.name)
+def test_every_scale_has_a_model_of_the_size_that_its_constants_say(scale, tmp_path):
+    """On the meta device, which holds no numbers; counted by hand."""
+    with surroundings(scale, tmp_path, 1):
+        file = runpy.run_path(str(ROOT / "train.py"))
+        with torch.device("meta"):
+            model = file["build_model"]()
+        parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
+    depth, width, V, T = file["DEPTH"], model.width, scale.vocab_size, scale.sequence_len
+    assert (depth, width) == {"cpu": (2, 64), "gpu": (9, 640), "d12": (12, 768),
+                              "gpt2": (24, 1536)}[scale.name]  # fmt: skip
+    with_values = (depth + 1) // 2  # every other layer, the last one included
+    matrices = depth * (4 + 2 * file["MLP_RATIO"]) * width**2 + V * width
+    matrices += with_values * file["VALUE_GATE_CHANNELS"] * (width // file["HEAD_DIM"])
+    tables = (1 + with_values) * V * width
+    tables += (file["NGRAM_ORDER"] - 1) * file["NGRAM_ROWS"] * width
+    assert parameters == matrices + tables + 2 * depth
+    whole = 1 + sum(kind == "L" for kind in (file["WINDOW_PATTERN"] * depth)[: depth - 1])
+    attended = whole * T + (depth - whole) * T // file["SHORT_WINDOW_DIVISOR"]
+    assert flops == 6 * matrices + 12 * width * attended
+    if scale.name == "gpu":  # what the field's best published run ended with: 80.9 M parameters
+        assert parameters == pytest.approx(80.9e6, rel=0.01)
 
 
 def test_hyperparameters_bear_the_fields_names_one_literal_a_line():
@@ -232,12 +247,14 @@ def test_hyperparameters_bear_the_fields_names_one_literal_a_line():
 
 @pytest.mark.gate
 def test_same_seed_twice_gives_the_same_val_bpb(cpu_rows):
-    """The real model on a budget in tokens, as a person starts it."""
-    environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": "81920"}
+    """The real model for four steps, as a person starts it."""
+    environment = cpu_rows | {"AUTORESEARCH_BUDGET_TOKENS": str(4 * 4096)}
 
     def train(seed):
         own = environment | {"AUTORESEARCH_SEED": seed}
-        return sh(sys.executable, "train.py", cwd=ROOT, env=own).stdout
+        done = sh(sys.executable, "train.py", cwd=ROOT, env=own, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     with ThreadPoolExecutor(3) as side_by_side:
         first, second, other = side_by_side.map(train, "334")
@@ -248,16 +265,23 @@ def test_same_seed_twice_gives_the_same_val_bpb(cpu_rows):
     keys = re.findall(r"^(\w+): ", first.split("---\n")[1], re.M)
     assert keys == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
                     "total_tokens_M", "num_steps", "num_params_M", "depth"]  # fmt: skip
+    assert re.search(r"^num_steps: +4$", first, re.M)
 
 
-def test_diverging_run_ends_early_with_its_reason(cpu_rows, tmp_path):
+def test_diverging_run_ends_early_with_its_reason(cpu_rows, tmp_path, monkeypatch):
     source = (ROOT / "train.py").read_text(encoding="utf-8")
-    (tmp_path / "train.py").write_text(
-        source.replace("MATRIX_LR = 0.04", "MATRIX_LR = float('nan')")
-    )
-    environment = cpu_rows | {"PYTHONPATH": str(ROOT), "AUTORESEARCH_BUDGET_TOKENS": "409600"}
-    done = sh(sys.executable, "train.py", cwd=tmp_path, env=environment)
-    assert done.returncode == 1 and "FloatingPointError: loss is nan" in done.stderr
+    for search, new in (("MATRIX_LR = 0.04", "MATRIX_LR = float('nan')"),
+                        ("NGRAM_ROWS = 131072", "NGRAM_ROWS = 4096")):  # fmt: skip
+        assert source.count(search) == 1
+        source = source.replace(search, new)
+    (tmp_path / "train.py").write_text(source, encoding="utf-8")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", cpu_rows["AUTORESEARCH_CACHE"])
+    scale = prepare.scale_named("cpu")
+    rows, budget = prepare.rows_folder(scale)[0], 100 * 4096
+    with surroundings(scale, rows, budget) as copy:
+        with pytest.raises(FloatingPointError, match="loss is nan at step [12],"):
+            runpy.run_path(str(tmp_path / "train.py"), run_name="__main__")
+        assert 0 < copy.SPENT.tokens < 0.1 * budget
 
 
 def test_first_steps_may_leap_but_not_far(train):

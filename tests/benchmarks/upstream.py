@@ -7,8 +7,8 @@ python tests/benchmarks/upstream.py PATH --depth 8 --width 512  # both of one si
 PATH is a checkout of it, or a file like its train.py, of which a changed copy runs: `prepare` is
 upstream_prepare.py beside this file, the seed is ours. Its timer stays its own: on a GPU its first
 11 steps are free, compiling among them. Its attention kernels are fetched; where they cannot be,
-torch's stand in for them, which the output says. On a CPU it has our scale's size, runs in float32, is not
-compiled, as ours is not, and gets CPU seconds without free steps.
+torch's stand in for them, which the output says. On a CPU it has our scale's size, runs in float32,
+is not compiled, as ours is not, and gets CPU seconds without free steps.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Made-up histories of experiments, as the loop would note them, without git or training."""
 
 import random
+from dataclasses import replace
+from functools import cache
 
 import proposals
 from journal import Experiment, Run
@@ -98,12 +100,20 @@ def mixed(source=None, count=30, keeps=True):
 
 
 def thousands(source=None):
-    """10,000 experiments: their facts are made without taking apart 10,000 programs."""
+    """10,000 experiments. They are made once per process: treat each of them as read-only."""
+    run = make_thousands(source or SOURCE)
+    return replace(run, history=list(run.history), scale=dict(run.scale))
+
+
+@cache
+def make_thousands(source):
+    """Make the facts of 10,000 experiments without taking apart 10,000 programs."""
     run, choose = mixed(source, 60), random.Random(2)
     pattern = [e for e in run.history[1:] if e.status != "keep"]
+    kept = run.best()  # None of what follows is a keep.
     for number in range(61, 10_001):
         old = choose.choice(pattern)
-        knobs = dict(run.best().knobs)
+        knobs = dict(kept.knobs)
         moved = {}
         if old.kind == "tune":
             name = choose.choice(sorted(knobs))
@@ -113,7 +123,7 @@ def thousands(source=None):
         run.history.append(Experiment(
             number, old.description, status=old.status, kind=old.kind, reason=old.reason,
             values=[best + choose.gauss(0, 0.01)] if old.values else [], runs=1, order=number,
-            speeds=[0.029] * len(old.values), steps=425, tokens_M=1.74, base=run.best().number,
+            speeds=[0.029] * len(old.values), steps=425, tokens_M=1.74, base=kept.number,
             gain=choose.gauss(-0.004, 0.004) if old.values else None, commit=f"{number:040d}",
             program=f"{number:016d}", skeleton=old.skeleton, knobs=knobs, curve=CURVE,
             moved=moved, places=[n.partition("[")[0] for n in moved] or old.places,

@@ -1,29 +1,33 @@
 """Train and score a train.py in the test's own process, by the referee's arithmetic and probe.
 
-The sandbox, the socket and the shared memory are left out: they take seconds and are tested
-elsewhere. train.py gets a copy of prepare.py, as in the sandbox: what it does to that copy does not
-reach the one that scores it.
+The sandbox, the socket and the shared memory are left out, but for `referee_in_process`: they take
+seconds and are tested elsewhere. train.py gets a copy of prepare.py, as in the sandbox: what it
+does to that copy does not reach the one that scores it.
 """
 
 import fcntl
 import importlib.util
+import json
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
 import prepare
 import pretokenize
 import referee
 from prepare import Scale
-from support.checkout import ROOT
+from support.checkout import ROOT, TINY, Checkout
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # tokens (B, T) -> logits (B, T, V)
+TINY_SCALE: Scale = eval(TINY, {"Scale": Scale})  # the scale of a `Checkout`
 
 
 def prepared_rows(cache: Path, scale: Scale) -> Path:
@@ -49,6 +53,8 @@ def surroundings(scale: Scale, rows: Path, tokens: int) -> Iterator[ModuleType]:
     copy = importlib.util.module_from_spec(spec)
     before = sys.modules["prepare"], os.environ.copy(), sys.argv, sys.path[:]
     threads, state = torch.get_num_threads(), torch.get_rng_state()
+    precision = torch.get_float32_matmul_precision()
+    full = sys.modules.pop("full", None)  # it takes its functions from the copy
     sys.modules["prepare"] = copy
     os.environ |= {
         "AUTORESEARCH_SCALE": scale.name, "AUTORESEARCH_ROWS": str(rows),
@@ -64,6 +70,9 @@ def surroundings(scale: Scale, rows: Path, tokens: int) -> Iterator[ModuleType]:
         os.environ.update(environment)
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
+        torch.set_float32_matmul_precision(precision)
+        sys.modules.pop("full", None)
+        sys.modules.update({"full": full} if full else {})
 
 
 def train_in_process(path: Path, scale: Scale, rows: Path, tokens: int) -> LogitsOf:
@@ -90,9 +99,55 @@ def train_in_process(path: Path, scale: Scale, rows: Path, tokens: int) -> Logit
 
 
 def score_in_process(logits_of: LogitsOf, scale: Scale, rows: Path) -> float:
-    """Return val_bpb as the referee computes it, with all decoys. Raises prepare.Crash as it does."""
+    """Return val_bpb as the referee computes it, with all decoys. Raises prepare.Crash."""
     bytes_of = prepare.load_tokenizer(rows)[1]
     val = prepare.load_rows(rows, "val", scale.sequence_len)
     hidden = prepare.load_rows(rows, "hidden", scale.sequence_len)
     reserve = hidden[:: referee.RESERVE][::2]
     return referee.examine(logits_of, val, reserve, bytes_of, scale)
+
+
+@contextmanager
+def seeded_probe(seed: int) -> Iterator[None]:
+    """Have referee.examine draw its decoys by a seed, so that its verdict is always the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(referee, "secrets", SimpleNamespace(randbits=lambda bits: seed))
+        yield
+
+
+def referee_in_process(
+    checkout: Checkout, rows: Path, source: str, *words: object, env: dict[str, str],
+    **constants: float,
+) -> tuple[dict, str]:
+    """Have the referee train and score a train.py in the real sandbox; its result.json and run.log.
+
+    The referee itself runs here, which saves the seconds in which a process of its own would load
+    torch. `words` and `env` are its command line and environment, `constants` take the place of its
+    own. Raises what the referee raises.
+    """
+    (checkout.folder / "runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=checkout.folder / "runs"))
+    (folder / "train.py").write_text(source, encoding="utf-8")
+    read, write = os.pipe()  # its stdin, which stays open
+    env = {"AUTORESEARCH_SCALE": "cpu", "AUTORESEARCH_ROWS": str(rows)} | env
+    with open(read) as stdin, open(write, "w"), pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(referee, name, value)
+        patch.setattr(referee, "ROOT", checkout.folder)
+        patch.setattr(prepare, "SCALES", (TINY_SCALE,))
+        patch.setattr(prepare, "hide_memory", lambda: None)  # the tests read their own /proc
+        patch.setattr(sys, "stdin", stdin)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        args = referee.parse([str(folder), *map(str, words)])
+        confined = referee.start(args, source.encode())
+        wait = confined.warden.wait  # the referee waits for 10 s, which a busy machine may exceed
+        patch.setattr(confined.warden, "wait", lambda timeout=None: wait())
+        try:
+            referee.referee(args, confined)
+        finally:
+            confined.end()
+            confined.link.close()
+            os.close(confined.train_rows)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return result, (folder / "run.log").read_text(encoding="utf-8", errors="replace")
