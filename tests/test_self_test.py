@@ -228,8 +228,8 @@ def test_an_interrupted_self_test_leaves_nobody(means, tmp_path):
     held_up = f"        print('inside', flush=True)\n        time.sleep({tools.ESCAPED_SECONDS})\n"
     limit = '"--seconds", "30"'
     program = altered(tmp_path, (attacks, held_up), (limit, '"--seconds", "inf"'))
-    temporary = tmp_path / "temporary"  # its name is in the command lines of all but the victim
-    temporary.mkdir()
+    # Its name is in the command lines of all but the victim, and short enough for a path socket.
+    temporary = Path(tempfile.mkdtemp(prefix="interrupted-", dir="/tmp"))
     line = [sys.executable, "-I", program, "--self-test", "--means", means]
 
     def attacked():
@@ -248,4 +248,5 @@ def test_an_interrupted_self_test_leaves_nobody(means, tmp_path):
         finally:
             for pid in processes(process.pid, str(temporary)):
                 os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(temporary, ignore_errors=True)
     assert len(before) >= 4, "itself, its victim, a supervisor and the attacks"

@@ -96,6 +96,17 @@ main()
     return TOY.replace("\nmain()\n", f"\n{attempt}")
 
 
+def test_what_measures_has_no_key_in_its_environment(quick):
+    """Neither the referee nor what it starts can give away what it does not have."""
+    stand_in(quick, more="json.dump(dict(os.environ), open(here + '/environment', 'w'))")
+    keys = {"ANTHROPIC_API_KEY": "sk-1", "ANTHROPIC_AUTH_TOKEN": "2", "HF_TOKEN": "3",
+            "AWS_SECRET_ACCESS_KEY": "4", "SSH_AUTH_SOCK": "/tmp/5"}  # fmt: skip
+    done = quick.agent("--tag", "t", "--patches", *sharpness(quick, 0.6), env=keys)
+    assert done.returncode == 0, done.stderr
+    environment = json.loads((quick.folder / "environment").read_text(encoding="utf-8"))
+    assert "PATH" in environment and not keys.keys() & environment.keys()
+
+
 @pytest.mark.gate
 @pytest.mark.parametrize("confined", [True, False])
 def test_unconfined_is_what_it_says_and_says_it(checkout, confined):

@@ -642,6 +642,9 @@ def test_with_a_gpu_one_kind_of_socket_listens_and_nobody_reaches_it(gpu):
 
 
 @pytest.mark.gate
+@pytest.mark.parametrize(
+    "means", ["bubblewrap", pytest.param("landlock", marks=pytest.mark.nightly)], indirect=True
+)
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
 def test_torch_compile_works_inside(sandbox):

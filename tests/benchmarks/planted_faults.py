@@ -29,7 +29,67 @@ class Fault(NamedTuple):
     test: str
 
 
-FAULTS: list[Fault] = []  # filled in below
+FAULTS = [
+    Fault("the probe compares no pairs", "referee.py",
+          "    check_pairs(of_rows[paired], of_paired, cuts[len(sealed) :])\n", "",
+          "tests/test_red_team.py::test_bent_answers_are_rejected_with_the_name_of_the_bend"),
+    Fault("the probe believes what was not shown", "referee.py",
+          "    check_seals(of_rows, of_sealed, cuts[: len(sealed)])\n", "",
+          "tests/test_probe.py::test_a_cheat_is_missed_no_more_often_than_was_measured"),
+    Fault("logits that are not finite count", "prepare.py",
+          "if not torch.isfinite(losses).all():", "if False:",
+          "tests/test_prepare.py::test_logits_that_are_none_are_a_crash"),
+    Fault("training after the budget is not noticed", "referee.py",
+          "timeout, begun + budget + self.slack, late)", "timeout, math.inf, late)",
+          "tests/test_red_team.py::test_more_than_the_budget_is_overtime"),
+    Fault("a crash tells what it saw", "referee.py",
+          "if self.shown else last", "if False else last",
+          "tests/test_hostile_input.py"
+          "::test_once_it_has_seen_held_out_rows_a_crash_tells_its_class_alone"),
+    Fault("a program that measures is not trusted", "prepare.py",
+          'TRUSTED = ("prepare.py", "referee.py", "warden.py")',
+          'TRUSTED = ("prepare.py", "warden.py")',
+          "tests/test_red_team.py::test_every_program_that_measures_is_in_the_hash_of_what_is_trusted"),
+    Fault("the seed does not reach the run", "slots.py", '"--seed", task.seed]', '"--seed", 1]',
+          "tests/test_slots.py::test_the_baseline_is_run_as_often_on_every_slot"),
+    Fault("the repository is not synced", "journal.py",
+          "elif ctypes.CDLL(None, use_errno=True).syncfs(folder):", "elif False:",
+          "tests/test_journal.py"
+          "::test_sync_has_the_kernel_write_the_file_system_of_the_repository"),
+    Fault("the ref is named before its commit is synced", "agent.py",
+          "    patiently(sync_git)  # what is named must be there\n", "",
+          "tests/test_journal.py"
+          "::test_a_commit_is_on_disk_before_a_ref_names_it_and_the_ref_before_its_row"),
+    Fault("the branch moves without compare-and-swap", "journal.py",
+          "{old or '0' * len(new)}", "",
+          "tests/test_journal.py::test_refs_move_all_or_none_and_only_from_what_they_were"),
+    Fault("--experiments is no limit", "agent.py",
+          "if most is not None and len(self.run.experiments()) >= most:", "if False:",
+          "tests/test_faults.py::test_the_reason_of_every_end_is_in_the_log"),
+    Fault("--usd is no limit", "researcher.py",
+          'self.args.usd is not None and not self.run.spent["cost_usd"] < self.args.usd:', "False:",
+          "tests/test_api_faults.py::test_a_cap_in_dollars_holds_over_restarts"),
+    Fault("the key is in the environment of what measures", "slots.py",
+          'if PASSED_ON.fullmatch(k) or k == "HOME"}', "if True}",
+          "tests/test_session.py::test_what_measures_has_no_key_in_its_environment"),
+    Fault("one lower number is a keep", "rule.py", "AT_ONCE = 3.4 ", "AT_ONCE = 0.0 ",
+          "tests/test_rule.py::test_gain_of_over_three_standard_errors_is_kept_at_once"),
+    Fault("the hidden split has no say", "rule.py",
+          "if hidden_gain is not None and", "if False and",
+          "tests/test_red_team.py::test_half_of_a_gain_and_three_sigma_must_show_on_hidden"),
+    Fault("a SEARCH that matches twice is made", "proposals.py", "if len(found) > 1:",
+          "if len(found) > 9:", "tests/test_proposals.py::test_edits_are_all_made_or_none"),
+    Fault("sockets are allowed in the sandbox", "warden.py", "socket 41 198, connect 42 203, ", "",
+          "tests/test_warden.py::test_no_socket_reaches_anybody"),
+    Fault("two agents work on one repository", "agent.py",
+          '    lock(git_folder() / "autoresearch.lock", "this repository")\n    if args.budget',
+          "    if args.budget",
+          "tests/test_faults.py::test_two_agents_on_one_repository_are_one_too_many"),
+    Fault("a killed run's processes live on", "slots.py",
+          "os.killpg(found[\"pid\"], signal.SIGKILL)  #", "pass  #",
+          "tests/test_session.py"
+          "::test_what_a_killed_session_left_alive_is_ended_before_the_next_one_begins"),
+]  # fmt: skip
 
 
 def copy(folder: Path) -> Path:
