@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import inspect
 import json
 import math
 import os
@@ -68,15 +69,15 @@ pidfd_getfd 438 438, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_re
 bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, fanotify_init 300 262,
 keyctl 250 219, add_key 248 217, request_key 249 218, syslog 103 116, acct 163 89,
 unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51,
-open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432,
-fspick 433 433, mount_setattr 442 442, quotactl 179 60, swapon 167 224, swapoff 168 225,
-init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104,
-kexec_file_load 320 294, reboot 169 142, settimeofday 164 170, clock_settime 227 112,
-adjtimex 159 171, clock_adjtime 305 266, sethostname 170 161, setdomainname 171 162,
-shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semctl 66 191,
-semtimedop 220 192, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180,
-mq_unlink 241 181, mq_timedsend 242 182, mq_timedreceive 243 183, mq_notify 244 184,
-name_to_handle_at 303 264, open_by_handle_at 304 265,
+open_tree 428 428, open_tree_attr 467 467, move_mount 429 429, fsopen 430 430, fsconfig 431 431,
+fsmount 432 432, fspick 433 433, mount_setattr 442 442, quotactl 179 60, swapon 167 224,
+swapoff 168 225, init_module 175 105, finit_module 313 273, delete_module 176 106,
+kexec_load 246 104, kexec_file_load 320 294, reboot 169 142, settimeofday 164 170,
+clock_settime 227 112, adjtimex 159 171, clock_adjtime 305 266, sethostname 170 161,
+setdomainname 171 162, shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190,
+semop 65 193, semctl 66 191, semtimedop 220 192, msgget 68 186, msgsnd 69 189,
+msgrcv 70 188, msgctl 71 187, mq_open 240 180, mq_unlink 241 181, mq_timedsend 242 182,
+mq_timedreceive 243 183, mq_notify 244 184, name_to_handle_at 303 264, open_by_handle_at 304 265,
 socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242
 """
 # CUDA does not start without a socket that others could connect to, which is denied to all here.
@@ -97,7 +98,7 @@ ARCHITECTURES = {
     "x86_64": (0, 0xC000003E, 56, 41, 53, 13), "aarch64": (1, 0xC00000B7, 220, 198, 199, 134)
 }  # fmt: skip
 CLONE3, CLONE_NEW_ANYTHING, AF_UNIX = 435, 0x7E020000, 1
-SOCK_DGRAM, SOCK_SEQPACKET = 2, 5
+SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET = 1, 2, 5
 
 # Landlock's rights, and the first version of it that knows them.
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
@@ -106,9 +107,8 @@ RIGHTS = ((1, REFER - 1), (2, REFER), (3, TRUNCATE), (5, IOCTL_DEV))
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 NO_TCP, NO_SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3  # versions 4 and 6
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_SECUREBITS = 1, 4, 22, 28
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
-SECBIT_NO_SETUID_FIXUP, CAP_DAC_READ_SEARCH, WAIT_ALL = 4, 2, 0x40000000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, WAIT_ALL = 36, 38, 0x40000000
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -131,39 +131,74 @@ def call(function: Any, *arguments: Any) -> int:
 
 
 def seccomp_program(same_user: bool, gpu: bool) -> bytes:
-    """Filter that answers EPERM to what is denied, as an array of struct sock_filter."""
+    """Return a filter that answers EPERM to what is denied, as an array of struct sock_filter.
+
+    Each rule begins with the number of the system call loaded, and a rule that does not apply goes
+    on with the next one.
+    """
     column, machine, clone, socket_, socketpair, sigaction = ARCHITECTURES[platform.machine()]
-    load, equal, at_least, has_bits, mask, answer = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
-    eperm, enosys, kill, allow = 0x50001, 0x50026, 0x80000000, 0x7FFF0000
     number, architecture, argument_0, argument_1 = 0, 4, 16, 24  # in struct seccomp_data
-    code = [(load, 0, 0, architecture), (equal, 1, 0, machine), (answer, 0, 0, kill)]
-    code += [(load, 0, 0, number), (at_least, 0, 1, 0x40000000), (answer, 0, 0, eperm)]
+    code: list[Any] = [
+        ("load", architecture), ("equal", machine, "", "kill"),
+        ("load", number), ("at least", 0x40000000, "eperm", ""),  # x32 has a table of its own
+    ]  # fmt: skip
     for entry in (DENIED + ("," + DENIED_AS_SAME_USER if same_user else "")).split(","):
         denied = int(entry.split()[1 + column])
         if denied >= 0 and not (gpu and entry.split()[0] in ALLOWED_WITH_GPU):
-            code += [(equal, 0, 1, denied), (answer, 0, 0, eperm)]
+            code += [("equal", denied, "eperm", "")]
     for entry in ALLOWED_FOR_ITSELF.split(",") if same_user else ():
-        whose = [argument_0, argument_1] if "setpriority" in entry else [argument_0]
-        code += [(equal, 0, 2 * len(whose) + 2, int(entry.split()[1 + column]))]
-        for n, argument in reversed(list(enumerate(whose))):  # all must be 0: a process, this one
-            code += [(load, 0, 0, argument), (equal, 0, 2 * n + 1, 0)]
-        code += [(answer, 0, 0, allow), (answer, 0, 0, eperm)]
-    # Nobody may have the kernel reap its children: the time that they used would be lost.
-    code += [(equal, 0, 9, sigaction), (load, 0, 0, argument_0), (equal, 0, 6, signal.SIGCHLD)]
-    code += [(load, 0, 0, argument_1), (equal, 0, 3, 0), (load, 0, 0, argument_1 + 4)]
-    code += [(equal, 0, 1, 0), (answer, 0, 0, allow), (answer, 0, 0, eperm), (answer, 0, 0, allow)]
-    code += [(equal, 0, 1, CLONE3), (answer, 0, 0, enosys)]  # its flags lie out of sight: use clone
-    code += [(equal, 0, 4, clone), (load, 0, 0, argument_0)]
-    code += [(has_bits, 0, 1, CLONE_NEW_ANYTHING), (answer, 0, 0, eperm), (answer, 0, 0, allow)]
-    if gpu:
-        code += [(equal, 0, 7, socket_), (load, 0, 0, argument_0), (equal, 0, 3, AF_UNIX)]
-        code += [(load, 0, 0, argument_1), (mask, 0, 0, 15), (equal, 1, 0, SOCK_SEQPACKET)]
-        code += [(answer, 0, 0, eperm), (answer, 0, 0, allow)]
-    # A pair of datagram sockets could still send to any address.
-    code += [(equal, 0, 6, socketpair), (load, 0, 0, argument_1), (mask, 0, 0, 15)]
-    code += [(equal, 2, 0, SOCK_DGRAM), (load, 0, 0, argument_0), (equal, 1, 0, AF_UNIX)]
-    code += [(answer, 0, 0, eperm), (answer, 0, 0, allow)]
-    return b"".join(struct.pack("HBBI", *line) for line in code)
+        name, own = entry.split()[0], int(entry.split()[1 + column])
+        code += [("equal", own, "", f"not {name}")]
+        for argument in (argument_0, argument_1) if name == "setpriority" else (argument_0,):
+            code += [("load", argument), ("equal", 0, "", "eperm")]  # a process, this one
+        code += [("go to", "allow"), f"not {name}"]
+    code += [("equal", CLONE3, "enosys", "")]  # its flags lie out of sight: libc then uses clone
+    code += [("equal", clone, "", "not clone"), ("load", argument_0)]
+    code += [("has bits", CLONE_NEW_ANYTHING, "eperm", "allow"), "not clone"]
+    # Nobody may have the kernel reap its children: the time that they used would be lost. Asking
+    # what is set, by a null pointer of two halves, is allowed.
+    code += [("equal", sigaction, "", "not sigaction"), ("load", argument_0)]
+    code += [("equal", signal.SIGCHLD, "", "allow"), ("load", argument_1)]
+    code += [("equal", 0, "", "eperm"), ("load", argument_1 + 4)]
+    code += [("equal", 0, "allow", "eperm"), "not sigaction"]
+    # Of socket pairs those of streams and of sequenced packets, and with a GPU a socket of the last
+    # kind: any other kind, raw ones too, sends to whatever address it is given.
+    kinds = {socketpair: [SOCK_STREAM, SOCK_SEQPACKET]}
+    kinds |= {socket_: [SOCK_SEQPACKET]} if gpu else {}
+    for maker, allowed in kinds.items():
+        code += [("equal", maker, "", f"not {maker}"), ("load", argument_0)]
+        code += [("equal", AF_UNIX, "", "eperm"), ("load", argument_1), ("mask", 15)]
+        code += [("equal", kind, "allow", "") for kind in allowed]
+        code += [("go to", "eperm"), f"not {maker}"]
+    code += [("go to", "allow")]
+    code += ["eperm", ("answer", 0x50001), "enosys", ("answer", 0x50026)]
+    code += ["kill", ("answer", 0x80000000), "allow", ("answer", 0x7FFF0000)]
+    return assemble(code)
+
+
+# Operations of the classic BPF machine (linux/bpf_common.h), which has one register.
+OPERATIONS = {"load": 0x20, "mask": 0x54, "answer": 0x06, "go to": 0x05,
+              "equal": 0x15, "at least": 0x35, "has bits": 0x45}  # fmt: skip
+
+
+def assemble(code: list[Any]) -> bytes:
+    """Translate operations to an array of struct sock_filter.
+
+    A string is a label for the operation after it. A condition is (name, value, label where it
+    holds, label where it does not), and "" is the next operation. Jumps lead forwards, conditional
+    ones by at most 255 operations.
+    """
+    lines = [line for line in code if not isinstance(line, str)]
+    labels = {line: n - sum(isinstance(each, str) for each in code[:n])
+              for n, line in enumerate(code) if isinstance(line, str)}  # fmt: skip
+    text = b""
+    for n, (operation, value, *targets) in enumerate(lines):
+        if operation == "go to":
+            value = labels[value] - n - 1
+        jumps = [labels[target] - n - 1 if target else 0 for target in targets or ("", "")]
+        assert 0 <= min(jumps) and max(jumps) <= 255, f"{operation} {value}: jumps {jumps}"
+        text += struct.pack("HBBI", OPERATIONS[operation], *jumps, value)
+    return text
 
 
 def apply_seccomp(program: bytes) -> None:
@@ -229,9 +264,49 @@ def gpu_devices() -> list[Path]:
     return [device for pattern in GPU_DEVICES for device in Path("/dev").glob(pattern)]
 
 
+def gpu_groups() -> list[int]:
+    """Return the groups that the devices of GPUs belong to."""
+    return sorted({path.stat().st_gid for path in gpu_devices()} - {0})
+
+
 def other_user() -> int | None:
     """For root: a user number that nobody has, another one for each of a few runs at a time."""
     return 60_000 + os.getpid() % 5_000 if os.geteuid() == 0 else None
+
+
+def become(user: int, groups: list[int], may_read: bool) -> None:
+    """Give up root for good, here and in all programs to come, for a user number that nobody has.
+
+    `may_read` keeps the right to pass and read whatever the confinement shows: Python may lie under
+    /root. In bubblewrap's world the text of this function runs by itself, so it needs no other.
+    """
+    import ctypes
+    import os
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = 1 << 2 if may_read else 0  # CAP_DAC_READ_SEARCH
+    keep_rights = libc.prctl(28, 4, 0, 0, 0)  # PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP
+    os.setgroups(groups)
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    header, sets = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[kept] * 3, 0, 0, 0)
+    given_up = libc.capset(header, sets)
+    ambient = libc.prctl(47, 2, 2, 0, 0) if may_read else 0  # PR_CAP_AMBIENT, raise that right
+    if keep_rights or given_up or ambient:
+        raise OSError(ctypes.get_errno(), "root cannot be given up")
+
+
+THEN_RUN = """
+import json, os, sys
+*who, work = json.loads(sys.argv[1])
+become(*who)
+os.chdir(work)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+# Each its own, but for that of users.
+NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts",
+              "--unshare-cgroup-try")  # fmt: skip
 
 
 def bubblewrap(
@@ -242,8 +317,18 @@ def bubblewrap(
     memory = os.memfd_create("seccomp")
     os.write(memory, program)
     os.lseek(memory, 0, os.SEEK_SET)
-    line = ["bwrap", "--unshare-all", "--unshare-user", "--cap-drop", "ALL", "--die-with-parent",
-            "--new-session", "--proc", "/proc", "--dev", "/dev", "--seccomp", str(memory)]
+    line = ["bwrap", *NAMESPACES, "--cap-drop", "ALL", "--die-with-parent", "--new-session",
+            "--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev",
+            "--seccomp", str(memory)]
+    if (user := other_user()) is None:
+        line += ["--unshare-user"]
+    else:  # in a user namespace of its own root would stay root for every file and kernel setting
+        for right in ("SETUID", "SETGID", "SETPCAP", "DAC_READ_SEARCH"):  # until it has become so
+            line += ["--cap-add", f"CAP_{right}"]
+        code = f"{inspect.getsource(become)}\n{THEN_RUN}"
+        facts = json.dumps([user, gpu_groups(), True, str(work)])
+        # Not isolated: where the library is hidden, PYTHONPATH names what takes its place.
+        command = [sys.executable, "-S", "-c", code, facts, *command]
     for device in gpu_devices():
         line += ["--dev-bind", str(device), str(device)]
     visible = [*interpreter_paths(), *read]
@@ -262,7 +347,8 @@ def bubblewrap(
             line += ["--ro-bind", os.path.realpath(__file__), f"{path}/os.py"]
     for path in (str(p) for p in visible if any(one in p.parents for one in hide)):
         line += ["--ro-bind", path, path]
-    line += ["--bind", str(work), str(work), "--chdir", str(work), *read_only, "--remount-ro", "/"]
+    line += ["--bind", str(work), str(work), *read_only, "--remount-ro", "/"]
+    line += ["--chdir", str(work) if user is None else "/"]
     return [*line, "--", *command], [memory], lambda: None
 
 
@@ -279,23 +365,14 @@ def landlock(
     rules = [(p, EXECUTE | READ_FILE | READ_DIR) for p in shown]
     rules += [(p, READ_FILE | WRITE_FILE | IOCTL_DEV) for p in devices]
     rules += [(Path("/proc"), READ_FILE | READ_DIR | naming), (work, ~(MAKE_CHAR | MAKE_BLOCK))]
-    groups = sorted({p.stat().st_gid for p in gpus} - {0})
+    groups = gpu_groups()
     places = [Path(sys.executable), *known, work]
     open_to_all = all(p.stat().st_mode & 1 for place in places for p in place.resolve().parents)
 
     def enter() -> None:
         ruleset = landlock_ruleset(version, rules)
         if user is not None:
-            call(libc.prctl, PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
-            os.setgroups(groups)
-            os.setresgid(user, user, user)
-            os.setresuid(user, user, user)
-            # Python may lie under /root: keep the right to pass, which Landlock narrows down.
-            kept = 0 if open_to_all else 1 << CAP_DAC_READ_SEARCH
-            header, sets = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[kept] * 3, 0, 0, 0)
-            call(libc.capset, header, sets)
-            if kept:
-                call(libc.prctl, PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0)
+            become(user, groups, may_read=not open_to_all)  # which Landlock narrows down
         call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         call(libc.syscall, 446, ruleset, 0)
         apply_seccomp(seccomp_program(same_user=user is None, gpu=bool(gpus)))
@@ -319,7 +396,8 @@ def choose_means() -> str:
     if platform.machine() not in ARCHITECTURES or sys.platform != "linux":
         raise CannotConfine(f"no confinement for {sys.platform} on {platform.machine()}")
     if shutil.which("bwrap"):
-        line, memory, _ = bubblewrap(["true"], Path(tempfile.gettempdir()), [], [])
+        python = [sys.executable, "-I", "-c", ""]
+        line, memory, _ = bubblewrap(python, Path(tempfile.gettempdir()), [], [])
         done = subprocess.run(line, pass_fds=memory, capture_output=True, encoding="utf-8")
         os.close(memory[0])
         if done.returncode == 0:
@@ -590,7 +668,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"no such program: {args.command[0]}")
         read, hide = ([path.resolve() for path in paths] for paths in (args.read, args.hide))
         line, descriptors, enter = MEANS[means](args.command, work, read, hide)
-        user = other_user() if means == "landlock" else None
+        user = other_user() if means != "unconfined" else None
         if user is not None:
             for path in [work, *work.rglob("*")]:
                 os.chown(path, user, user, follow_symlinks=False)
@@ -640,8 +718,8 @@ def environment(work: Path, more: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------------------
 
 
-def holes(facts: dict[str, Any]) -> list[str]:
-    """What the confined side could do and must not, by name; run inside."""
+def attacks_on(facts: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Return what the confined side must not be able to do, by the name of the hole."""
     secret, victim, port = facts["secret"], facts["pid"], facts["port"]
 
     def reach(family: int, kind: int, address: Any) -> None:
@@ -657,7 +735,7 @@ def holes(facts: dict[str, Any]) -> list[str]:
                 continue
         return found
 
-    attacks: dict[str, Callable[[], Any]] = {
+    return {
         "reads a file outside": lambda: open(secret).read(),
         "lists a folder outside": lambda: "secret" in os.listdir(os.path.dirname(secret)),
         "writes a file outside": lambda: open(secret + ".new", "w"),
@@ -672,6 +750,10 @@ def holes(facts: dict[str, Any]) -> list[str]:
         "abstract socket": lambda: reach(AF_UNIX, socket.SOCK_STREAM, f"\0{secret}"),
         "path socket": lambda: reach(AF_UNIX, socket.SOCK_STREAM, f"{secret}.socket"),
         "datagrams of a pair": lambda: socket.socketpair(AF_UNIX, SOCK_DGRAM),
+        "raw datagrams of a pair": lambda: socket.socketpair(AF_UNIX, socket.SOCK_RAW),
+        "is root": lambda: os.getuid() == 0,
+        "opens a kernel setting to write": lambda: os.open(
+            "/proc/sys/kernel/core_pattern", os.O_WRONLY),
         "reads an environment": environments,
         "signals a process": lambda: os.kill(victim, 0),
         "starves a process": lambda: os.sched_setscheduler(
@@ -682,6 +764,12 @@ def holes(facts: dict[str, Any]) -> list[str]:
         "System V memory": lambda: call(libc.shmget, 0, 4096, 0o1600),
         "children unseen": lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
     }
+
+
+def holes(facts: dict[str, Any]) -> list[str]:
+    """Return how many things were tried inside, and the names of the attacks that succeeded and of
+    the needs that were not met."""
+    attacks = attacks_on(facts)
     needs: dict[str, Callable[[], Any]] = {
         "its own folder is not writable": lambda: open("file", "w").close(),
         "its temporary folder is not writable": lambda: tempfile.TemporaryFile().close(),
@@ -705,7 +793,11 @@ def holes(facts: dict[str, Any]) -> list[str]:
 def self_test(means: str) -> str:
     """The means and how many attacks it held. Raises CannotConfine with the holes' names."""
     canary = os.environ | {"SELF_TEST_CANARY": "1"}
-    with tempfile.TemporaryDirectory() as outside, socket.create_server(("127.0.0.1", 0)) as tcp:
+    short = "/tmp" if len(tempfile.gettempdir()) > 70 else None  # sockets' names have 107 bytes
+    with (
+        tempfile.TemporaryDirectory(dir=short) as outside,
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+    ):
         secret, inside = Path(outside, "secret"), Path(outside, "inside")
         secret.write_text("secret")
         inside.mkdir()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from support import sandbox as tools
-from support.sandbox import WARDEN, snapshot
+from support.sandbox import IS_ROOT, WARDEN, snapshot
 from support.waiting import wait_until
 
 if sys.platform != "linux":
@@ -387,8 +387,8 @@ def reach(family, kind, address):
         end.connect(address)
         end.send(b"x")
 
-def by_a_pair(address):
-    with socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0] as end:
+def by_a_pair(address, kind):
+    with socket.socketpair(socket.AF_UNIX, kind)[0] as end:
         end.sendto(b"x", address)
 
 def serve(family, address):
@@ -398,8 +398,9 @@ def serve(family, address):
 
 for name, place in facts.items():
     attempt(name, lambda: reach(*place))
-attempt("a pair's datagrams", lambda: by_a_pair(facts["path datagrams"][2]))
-attempt("a pair's abstract datagrams", lambda: by_a_pair(facts["abstract datagrams"][2]))
+for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):  # raw ones are datagrams to the kernel
+    for name in ("path datagrams", "abstract datagrams"):
+        attempt(f"{name} of a pair, {kind}", lambda: by_a_pair(facts[name][2], kind))
 attempt("netlink", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close())
 attempt("a server", lambda: serve(socket.AF_INET, ("127.0.0.1", 0)))
 attempt("an abstract server", lambda: serve(socket.AF_UNIX, "\\0server"))
@@ -516,12 +517,39 @@ def test_no_process_outside_can_be_starved(sandbox, unconfined, victim):
     assert set(free.values()) == {"done"}, free
 
 
+AS_A_USER = """
+open("mine", "w").close()
+attempt("set-uid", lambda: os.chmod("mine", 0o4755))
+for name in ("kernel/core_pattern", "kernel/hostname", "vm/drop_caches"):
+    attempt(name, lambda: os.open(f"/proc/sys/{name}", os.O_WRONLY))
+answer()
+say("ready")
+live()
+"""
+
+
+def test_root_is_an_ordinary_user_inside_for_files_and_for_the_kernel(sandbox):
+    """A set-uid file of root in the work folder once ran as root outside."""
+    run = sandbox.start_python(AS_A_USER)
+    run.await_word("ready")
+    (made,) = sandbox.folder.glob("work-*/mine")
+    assert made.stat().st_uid == os.geteuid() or made.stat().st_uid >= 60_000 and IS_ROOT
+    assert made.stat().st_uid > 0
+    said = json.loads(run.log.read_text(encoding="utf-8").splitlines()[0])
+    said.pop("set-uid")
+    assert len(said) == 3 and set(said.values()) <= {"EACCES", "EPERM", "EROFS"}, said
+    run.process.stdin.close()
+    sandbox.finish()
+
+
 def test_the_command_cannot_kill_what_started_it(sandbox):
     code = "attempt('parent', lambda: os.kill(os.getppid(), signal.SIGKILL)); answer()"
     done = sandbox.python(code)
     assert done.status == 0
-    # Under bubblewrap the init of its own world, which takes no signal from within.
-    assert done.said["parent"] == ("done" if sandbox.means == "bubblewrap" else "EPERM")
+    # Under bubblewrap the init of its own world, which takes no signal from within; it belongs to
+    # the same user unless root has started it.
+    heard = sandbox.means == "bubblewrap" and not IS_ROOT
+    assert done.said["parent"] == ("done" if heard else "EPERM")
 
 
 ON_THE_KERNEL = """
