@@ -52,8 +52,9 @@ STALL_SHARE, STALL_SECONDS = 5.0, 30.0  # wall clock of a CPU budget on a busy m
 EVALUATION_SECONDS = 900.0  # wall clock that train.py has for all its answers
 ANSWERS_SECONDS = 2.0  # by the budget's clock, beyond what the agent allows for all answers
 RESERVE = 8  # every 8th row of hidden is kept for the probe
-PROBES = 48  # decoys of either kind in a split
-OFFSETS = 32  # positions before the cut that a decoy is compared at
+PROBES = 48  # decoys of either kind in a split, at least
+PROBE_SHARE = 10  # one decoy of either kind for so many rows: the probe takes a fifth of their time
+OFFSETS = 32  # positions before the cut at which a peek at later tokens is looked for by name
 SEND_FILE = "import os, socket, sys; socket.send_fds(socket.socket(fileno=0), [b'.'], " + (
     "[os.open(sys.argv[1], os.O_RDONLY)])"
 )
@@ -67,7 +68,11 @@ EARLY = re.compile(
     "CUDA)_(?!VISIBLE_DEVICES).*"
 )
 THROTTLED = 0x8 | 0x20 | 0x40 | 0x80  # NVML's bits for heat and power brakes; a power cap is usual
-PEEKING_NATS, SAME_NATS = 2e-3, 2e-2  # tolerated; honest models differ by exactly 0 on a CPU
+PEEKING_NATS = 2e-3  # tolerated mean
+# Tolerated between two answers for the same tokens. On a CPU honest models differ by 1e-6 at most
+# (tests/benchmarks/probe.py); on a GPU, where it is not measured, by this in one of 10,000.
+SAME_NATS, SAME_NATS_GPU, DIFFERENT_SHARE = 1e-3, 0.5, 1e-4
+LEARNING_ERRORS = 4.5  # standard errors by which later answers may be better than earlier ones
 
 # ---------------------------------------------------------------------------
 # The probe
@@ -77,56 +82,73 @@ PEEKING_NATS, SAME_NATS = 2e-3, 2e-2  # tolerated; honest models differ by exact
 def examine(
     logits_of: LogitsOf, rows: np.ndarray, reserve: np.ndarray, bytes_of: list[int], scale: Scale
 ) -> float:
-    """Bits per byte of rows (N, T + 1), asked for in random order among decoys.
+    """Return bits per byte of rows (N, T + 1), asked for in random order among decoys.
 
-    A decoy has the tokens of a row up to a random cut and another row's after it. Some follow rows
-    that were scored before: what is said up to the cut must be the same. Others are of the reserve,
-    whose rows are never shown: the token after the cut must be no harder than those that are.
-    Nothing is scored that train.py could know to have been probed already. Raises Crash.
+    A decoy has the tokens of a row up to a random cut and another row's after it:
+
+        row    a b c d e f g h        decoy  a b c d x y z w        cut: at d
+
+    Decoys of scored rows come a query or more after their row, and whatever is said up to the cut
+    must be the same. Decoys of the reserve, whose rows are never shown whole, come at rising cuts:
+    the token after each cut was not shown yet, and must be no harder to predict than others at that
+    position; two of them agree up to the smaller cut. Nothing is scored that train.py could know to
+    have been probed already. Raises Crash.
     """
     import numpy as np
 
     chance = np.random.default_rng(secrets.randbits(128))
     N, T = len(rows), scale.sequence_len
-    paired = chance.choice(N, min(PROBES, N // 2), replace=False)
-    sealed = chance.choice(len(reserve), min(PROBES, len(reserve)), replace=False)
+    count = max(PROBES, N // PROBE_SHARE)
+    paired = chance.choice(N, min(count, N // 2), replace=False)
+    # Reserve rows, some of them twice. More often would be no more evidence: a row hangs together.
+    sealed = np.resize(chance.permutation(len(reserve)), min(count, 2 * len(reserve)))
+    sealed.sort()
+    cuts = chance.integers(0, T - 1, len(sealed) + len(paired))
+    seal_cuts = cuts[: len(sealed)] = cuts[np.lexsort((cuts[: len(sealed)], sealed))]  # rising
     originals = np.concatenate([reserve[sealed], rows[paired]])
-    cuts = chance.integers(0, T - 1, len(originals))
-    asked = np.concatenate([rows, decoys_of(originals, cuts, rows, chance)])
-    meant = np.concatenate([rows, originals])
-    order = line_up(N + len(sealed), paired, prepare.rows_per_query(scale), chance)
-    losses = prepare.answers(logits_of, asked[order], meant[order, 1:], scale)[np.argsort(order)]
-    of_rows, of_sealed, of_paired = losses.numpy()[:N], *np.split(losses.numpy()[N:], [len(sealed)])
+    queries = np.concatenate([rows, decoys_of(originals, cuts, rows, chance)])
+    targets = np.concatenate([rows, originals])[:, 1:]
+    order = order_queries(N, sealed, paired, prepare.rows_per_query(scale), chance)
+    losses = prepare.answers(logits_of, queries[order], targets[order], scale)[np.argsort(order)]
+    of_rows, of_sealed, of_paired = np.split(losses.numpy(), [N, N + len(sealed)])
     check_pairs(of_rows[paired], of_paired, cuts[len(sealed) :])
-    check_seals(of_rows, of_sealed, cuts[: len(sealed)])
+    again = np.flatnonzero(sealed[1:] == sealed[:-1])  # a row's decoy, and its next one
+    check_pairs(of_sealed[again + 1], of_sealed[again], seal_cuts[again])
+    check_seals(of_rows, of_sealed, seal_cuts)
+    check_order(of_rows[order[order < N]])
     return prepare.bits_per_byte(losses[:N], rows, bytes_of)
 
 
 def decoys_of(
     originals: np.ndarray, cuts: np.ndarray, rows: np.ndarray, chance: np.random.Generator
 ) -> np.ndarray:
-    """Each original up to its cut, then what a row that goes on otherwise has there."""
+    """Return each original up to its cut, then what a row that goes on otherwise has there."""
     import numpy as np
 
     decoys = originals.copy()
     for decoy, cut in zip(decoys, cuts, strict=True):
         others = np.flatnonzero(rows[:, cut + 1] != decoy[cut + 1])
-        decoy[cut + 1 :] = rows[chance.choice(others), cut + 1 :]
+        if len(others):  # else all rows agree there
+            decoy[cut + 1 :] = rows[chance.choice(others), cut + 1 :]
     return decoys
 
 
-def line_up(
-    first_sights: int, paired: np.ndarray, size: int, chance: np.random.Generator
+def order_queries(
+    N: int, sealed: np.ndarray, paired: np.ndarray, size: int, chance: np.random.Generator
 ) -> np.ndarray:
-    """The order of all rows: first sights at random, the decoys of `paired` ones later.
+    """Return the order in which N rows, the decoys of `sealed` and those of `paired` are asked.
 
-    A second sight comes a query of `size` rows or more after the first; and at the end there are
-    second sights only, since it would be known there that no probe follows.
+    First sights come at random, the decoys of one sealed row as they are listed. The decoy of a
+    paired row comes a query of `size` rows or more after its row; and at the end there are second
+    sights only, since it would be known there that no probe follows.
     """
     import numpy as np
 
-    P = len(paired)
+    P, first_sights = len(paired), N + len(sealed)
     place = np.concatenate([chance.permutation(first_sights).astype(float), np.zeros(P)])
+    for row in np.unique(sealed):
+        own = N + np.flatnonzero(sealed == row)
+        place[own] = np.sort(place[own])
     earliest = place[paired] + size
     place[first_sights:] = earliest + chance.random(P) * np.maximum(0, first_sights - earliest)
     last_query = size + (first_sights + P) % size
@@ -140,7 +162,10 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def check_pairs(real: np.ndarray, decoy: np.ndarray, cuts: np.ndarray) -> None:
-    """Compare losses (P, T) of rows and decoys at each cut and before it. Raises Crash."""
+    """Compare losses (P, T) of the same tokens up to each cut. Raises Crash.
+
+    `decoy` has other tokens after the cut. A model that looks ahead loses at the cut most of all.
+    """
     import numpy as np
 
     at = cuts[:, None] - np.arange(OFFSETS)  # (P, OFFSETS)
@@ -149,19 +174,42 @@ def check_pairs(real: np.ndarray, decoy: np.ndarray, cuts: np.ndarray) -> None:
         gain = gains[at[:, offset] >= 0, offset]
         if len(gain) > 4 and gain.mean() > PEEKING_NATS + 5 * standard_error(gain):
             raise Crash("probe: logits depend on later tokens")
-    if np.abs(gains[at >= 0]).mean() > SAME_NATS:
+    change = np.abs(decoy - real)[np.arange(real.shape[1]) <= cuts[:, None]]
+    gpu = prepare.device_type() != "cpu"
+    different = (change > (SAME_NATS_GPU if gpu else SAME_NATS)).sum()
+    if different > (DIFFERENT_SHARE * len(change) if gpu else 0):
         causes = "later tokens, other rows, earlier calls or chance"
         raise Crash(f"probe: the same tokens get other logits ({causes})")
 
 
 def check_seals(shown: np.ndarray, sealed: np.ndarray, cuts: np.ndarray) -> None:
-    """Compare the losses of tokens that were never shown with the mean of those that were."""
+    """Compare losses (decoys, T) of tokens that were not shown yet, each decoy's at its cut, with
+    losses (N, T) of tokens at the same positions that were. Raises Crash.
+
+    By logarithms: who knows some of the next tokens brings their losses near 0, and hides behind a
+    few enormous ones where he was wrong. In a plain mean those only widen the standard error.
+    """
     import numpy as np
 
-    excess = sealed[np.arange(len(cuts)), cuts] - shown.mean(axis=0)[cuts]
+    def level(losses: np.ndarray) -> np.ndarray:
+        return np.log(losses + 0.1)
+
+    excess = level(sealed[np.arange(len(cuts)), cuts]) - level(shown).mean(axis=0)[cuts]
     errors = 4 + 24 / len(excess)  # 4 standard errors, and what a t-test adds for few samples
-    if excess.mean() > errors * standard_error(excess):
+    if excess.mean() > PEEKING_NATS + errors * standard_error(excess):
         raise Crash("probe: tokens that were not shown yet are worse predicted")
+
+
+def check_order(losses: np.ndarray) -> None:
+    """Compare the losses (N, T) of rows with the order in which they were asked. Raises Crash."""
+    import numpy as np
+
+    mean, when = losses.mean(axis=1), np.arange(len(losses)) - (len(losses) - 1) / 2
+    slope = (when * mean).sum() / (when**2).sum()
+    rest = mean - mean.mean() - slope * when
+    error = math.sqrt((rest**2).sum() / (len(mean) - 2) / (when**2).sum())
+    if slope < -LEARNING_ERRORS * error:
+        raise Crash("probe: later answers are better than earlier ones: it learns as it is asked")
 
 
 # ---------------------------------------------------------------------------

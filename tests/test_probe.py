@@ -73,6 +73,17 @@ def peeks(table: torch.Tensor, nats: float) -> LogitsOf:
     return lambda x: table[x] + nats * torch.nn.functional.one_hot(x.roll(-1, 1), V)
 
 
+def peeks_rarely(table: torch.Tensor, nats: float) -> LogitsOf:
+    """Return a model that knows the next token at every eighth position."""
+
+    def logits_of(x: torch.Tensor) -> torch.Tensor:
+        said = torch.nn.functional.one_hot(x.roll(-1, 1), V).float()
+        said[:, torch.arange(T) % 8 != 3] = 0
+        return table[x] + nats * said
+
+    return logits_of
+
+
 def peeks_two_ahead(table: torch.Tensor, nats: float) -> LogitsOf:
     """Return a model that looks at the token after the next one, and infers the next one from it.
 
@@ -145,19 +156,18 @@ def test_an_honest_model_raises_no_alarm(language, seals):
 
 @pytest.mark.gate
 def test_rounding_that_differs_from_call_to_call_raises_no_alarm(language):
-    assert alarms(language, unsteady, 0.003, 16, 60) == []
+    assert alarms(language, unsteady, 0.0001, 16, 60) == []
 
 
-# The share of single examinations that miss a model, as 2,000 others were counted. 32 seals are
-# those of the scale gpu, 48 those of the scale cpu.
+# The share of single examinations that miss a model, as 400 were counted.
 MISSES = [
-    (unsteady, 0.03, 16, 0.0),
+    (unsteady, 0.003, 16, 0.0),
     (peeks, 0.003, 16, 0.0),
+    (peeks_rarely, 4.0, 16, 0.0),
     (peeks_two_ahead, 0.05, 16, 0.0),
-    pytest.param(oracle, 1.0, 48, 0.177, marks=pytest.mark.gate),
-    pytest.param(oracle, 2.0, 32, 0.009, marks=pytest.mark.gate),
-    (oracle, 2.0, 48, 0.0),
-    pytest.param(oracle, 6.0, 16, 0.124, marks=pytest.mark.gate),
+    (oracle, 2.0, 16, 0.0),
+    pytest.param(oracle, 1.0, 48, 0.0175, marks=pytest.mark.gate),
+    pytest.param(oracle, 1.0, 32, 0.04, marks=pytest.mark.gate),
 ]
 
 
@@ -170,6 +180,17 @@ def test_a_cheat_is_missed_no_more_often_than_was_measured(language, model, nats
     if model is not unsteady:
         honest_loss = loss(language, honest(language.logits, 0.0))
         assert loss(language, model(language.logits, nats)) < honest_loss, "it gains nothing"
+
+
+def test_losses_that_fall_while_it_is_asked_are_noticed_and_others_are_not():
+    """By 0.15 standard deviations from the first row to the last one, and by 1.2."""
+    chance = np.random.default_rng(2)
+    for _ in range(300):
+        losses = chance.gamma(2.0, 1.0, (1024, 16))
+        slope = losses.mean(axis=1).std() * np.linspace(0, 1, 1024)[:, None]
+        referee.check_order(losses - 0.15 * slope)
+        with pytest.raises(prepare.Crash, match="it learns as it is asked"):
+            referee.check_order(losses - 1.2 * slope)
 
 
 # ---------------------------------------------------------------------------
@@ -195,18 +216,20 @@ def test_the_draw_is_another_one_in_every_examination(language):
 
 @st.composite
 def draws(draw):
-    """Arguments of line_up: numbers of rows, which of them have decoys, the size of a query."""
+    """Arguments of order_queries: rows, sealed rows, rows with decoys, the size of a query."""
     rows = draw(st.integers(2, 200))
     paired = draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=48, unique=True))
-    sealed, size = draw(st.integers(0, 48)), draw(st.integers(1, 40))
-    return rows + sealed, np.array(paired), size, draw(st.integers(0, 2**32))
+    sealed = sorted(draw(st.lists(st.integers(0, 20), max_size=48)))
+    size = draw(st.integers(1, 40))
+    return rows, np.array(sealed, int), np.array(paired), size, draw(st.integers(0, 2**32))
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(draws())
 def test_second_sights_come_a_query_later_and_the_end_is_made_of_them_alone(drawn):
-    first_sights, paired, size, seed = drawn
-    order = referee.line_up(first_sights, paired, size, np.random.default_rng(seed))
+    rows, sealed, paired, size, seed = drawn
+    order = referee.order_queries(rows, sealed, paired, size, np.random.default_rng(seed))
+    first_sights = rows + len(sealed)
     total = first_sights + len(paired)
     assert sorted(order) == list(range(total))
     place = np.argsort(order)
@@ -215,6 +238,8 @@ def test_second_sights_come_a_query_later_and_the_end_is_made_of_them_alone(draw
     assert (order[end:] >= first_sights).all()
     first, second = place[paired], place[first_sights:]
     assert ((second - first >= size) | (second >= end)).all()
+    for row in set(sealed.tolist()):  # at rising cuts, as they are listed
+        assert (np.diff(place[rows:first_sights][sealed == row]) > 0).all()
     if len(paired) >= last:  # else they are too few to fill the end, and one query may have both
         assert (second // size > first // size).all()
 

@@ -16,8 +16,8 @@ from support.checkout import ROOT
 CEILINGS = {
     "prepare.py": 390,
     "pretokenize.py": 215,
-    "referee.py": 490,
-    "warden.py": 630,
+    "referee.py": 510,
+    "warden.py": 670,
     "train.py": 520,
     "full.py": 80,
     "agent.py": 705,
@@ -31,7 +31,7 @@ CEILINGS = {
     "researcher.py": 415,
     "digest.py": 220,
 }
-ALL = 5_850  # code lines of the product
+ALL = 5_900  # code lines of the product
 
 
 def code_lines(text):
