@@ -22,16 +22,8 @@ from support.stand_in import (
     stand_in,
     start_agent,
     while_training,
-    without_self_test,
 )
 from support.waiting import wait_until
-
-
-@pytest.fixture
-def quick(quick):
-    """A checkout with the stand-in for a referee, and without the self-test of the sandbox."""
-    without_self_test(quick)
-    return quick
 
 
 def hurried(checkout, **constants):

@@ -45,13 +45,6 @@ from support.stand_in import (
 from support.waiting import wait_until
 
 
-@pytest.fixture
-def quick(quick):
-    """A checkout with the stand-in for a referee, and without the self-test of the sandbox."""
-    without_self_test(quick)
-    return quick
-
-
 def final_state(checkout):
     """Return what must not depend on how often the program was killed.
 

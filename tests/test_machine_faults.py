@@ -21,15 +21,7 @@ import agent
 from support.api_server import proposal
 from support.checkout import Checkout, sh
 from support.checks import one_error, statuses
-from support.stand_in import sharpness, stand_in, start_agent, without_self_test
-
-
-@pytest.fixture
-def quick(quick):
-    """A checkout with the stand-in for a referee, and without the self-test of the sandbox."""
-    without_self_test(quick)
-    return quick
-
+from support.stand_in import sharpness, stand_in, start_agent
 
 # ---------------------------------------------------------------------------
 # Runs that crash

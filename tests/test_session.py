@@ -62,6 +62,13 @@ def without_any_means(checkout: Checkout) -> dict[str, str]:
     return {"PATH": str(programs)}
 
 
+@pytest.fixture
+def quick(checkout):
+    """A checkout with the stand-in for a referee, which is confined as the real one is."""
+    stand_in(checkout)
+    return checkout
+
+
 def test_where_nothing_confines_it_is_refused_in_two_lines_that_name_the_way_out(quick):
     done = quick.agent("--tag", "t", env=without_any_means(quick))
     assert done.returncode == 1 and done.stdout == ""

@@ -1,6 +1,6 @@
-"""How often the referee's probe notices a cheat, and how often it accuses an honest model.
+"""How often the referee's probe notices a program that cheats, and accuses an honest one.
 
-python tests/benchmarks/probe.py               # 400 probes of each cheat at each strength
+python tests/benchmarks/probe.py               # 400 probes of each at each strength
 python tests/benchmarks/probe.py --probes 50
 
 The cheats work on the losses of a model of counted bigrams on the real rows of the scale `cpu`, so
@@ -148,7 +148,7 @@ def main() -> None:
     model = Bigrams(folder, scale)
     honest = prepare.bits_per_byte(torch.from_numpy(model(val, val[:, 1:])), val, bytes_of)
     print(f"{args.probes} probes each; {len(val)} rows; val_bpb {honest:.4f}; sigma {scale.sigma}")
-    print("| model | strength | gain, sigma | noticed, % |\n|---|---|---|---|")
+    print("| model | strength | gain, sigma | noticed, % | as |\n|---|---|---|---|---|")
     cheats: list[tuple[str, str, Callable[[], LossesOf], int]] = [
         ("honest", "", lambda: model, args.probes)]
     for share in (0.003, 0.01, 0.03, 1 / 32, 0.1, 0.2):
@@ -170,7 +170,7 @@ def main() -> None:
         noticed = sum(map(bool, told))
         kinds = ", ".join(sorted({text.partition(": ")[2][:40] for text in told if text}))
         print(f"| {name} | {strength} | {(honest - score) / scale.sigma:.1f} | "
-              f"{100 * noticed / probes:.1f} | {kinds}", flush=True)  # fmt: skip
+              f"{100 * noticed / probes:.1f} | {kinds} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

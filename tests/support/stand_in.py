@@ -65,12 +65,13 @@ def stand_in(checkout: Checkout, step: str = "pass", more: str = "") -> None:
 
 
 def without_self_test(checkout: Checkout) -> None:
-    """Have agent.py start as with --unconfined: a stand-in confines nothing.
+    """Have agent.py and promote start as with --unconfined: a stand-in confines nothing.
 
     The self-test of the sandbox is a third of the CPU seconds that a start takes.
     """
-    checkout.exchange("agent.py", r'"--unconfined", action="store_true"',
-                      '"--unconfined", action="store_false"')  # fmt: skip
+    for name in ("agent.py", "promote.py"):
+        checkout.exchange(name, r'"--unconfined", action="store_true"',
+                          '"--unconfined", action="store_false"')  # fmt: skip
     checkout.commit_all()
 
 
