@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from journal import CURVE, ROOT, Experiment, Run, one_line
+from journal import CURVE, ROOT, Experiment, Run, one_line, parse
 from prepare import load_tokenizer
 from proposals import sampler_view
 
@@ -261,12 +261,12 @@ def digest(run: Run, ideas: str = "", room: float = 1.0) -> str:
 
 def public_face(source: str) -> str:
     """What train.py may call of prepare.py: signatures and docstrings."""
-    module = ast.parse(source)
+    module = parse(source)
     parts = [f'"""{ast.get_docstring(module)}"""']
     for node in module.body:
         if getattr(node, "name", "") in FACE:
             if isinstance(node, ast.FunctionDef):
-                node.body = node.body[: bool(ast.get_docstring(node))] or ast.parse("...").body
+                node.body = node.body[: bool(ast.get_docstring(node))] or parse("...").body
             parts.append(ast.unparse(node))
     return "\n\n\n".join(parts) + "\n"
 

@@ -55,6 +55,7 @@ LOG = logging.getLogger("autoresearch")
 HELD: list[Any] = []  # locks, for as long as this process lives
 DOING: dict[Any, str] = {}  # what goes on, a line each
 STOP = threading.Event()  # what goes on is to end
+PARSING = threading.Lock()  # see parse()
 
 
 @dataclass
@@ -533,15 +534,25 @@ def undisturbed(experiments: list[Experiment], what: str = "values") -> Scores:
             if value is not None and (speed is None or speed >= slow)}
 
 
+def parse(source: str) -> ast.Module:
+    """Return the syntax tree of a program. Raises what ast.parse raises.
+
+    One thread at a time: CPython counts the depth of all trees that are being made in one place,
+    and two at once can end in a SystemError on Python 3.11 (issue gh-106905 there).
+    """
+    with PARSING:
+        return ast.parse(source)
+
+
 @cache
 def fingerprint(source: str) -> str:
     """Identity of a program: its syntax tree, so that comments and layout do not count."""
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
+    return hashlib.sha256(ast.dump(parse(source)).encode()).hexdigest()[:16]
 
 
 def node_count(source: str) -> int:
     """Size of a program: nodes of its syntax tree; code in a string is no simpler than code."""
-    nodes = list(ast.walk(ast.parse(source)))
+    nodes = list(ast.walk(parse(source)))
     prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     texts = [node.value for node in nodes if isinstance(node, ast.Constant)
              and isinstance(node.value, (str, bytes)) and id(node) not in prose]

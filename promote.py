@@ -52,6 +52,9 @@ from journal import (
     undisturbed,
     write_commit,
 )
+from journal import (
+    parse as parse_program,
+)
 from prepare import SetupError
 from report import found, read_run, student
 from rule import Noise
@@ -126,7 +129,7 @@ def compiles(source: str) -> bool:
 
 def deepen(source: str) -> str:
     """The same with twice the DEPTH. Raises SetupError if there is none at the top."""
-    for node in ast.parse(source).body:
+    for node in parse_program(source).body:
         names = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(name, ast.Name) and name.id == "DEPTH" for name in names):
             lines = source.splitlines(keepends=True)

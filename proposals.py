@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from journal import Experiment, Run, fingerprint, oddly_encoded, one_line, patiently, say
+from journal import Experiment, Run, fingerprint, oddly_encoded, one_line, parse, patiently, say
 from prepare import SetupError
 
 KINDS = ("tune", "structure", "remove", "combine", "retry")
@@ -289,7 +289,7 @@ def read_knobs(source: str, scale: str) -> dict[str, Knob]:
                 if isinstance(key, ast.Constant) and key.value == scale:
                     add(name, element)
 
-    for statement in ast.parse(source).body:
+    for statement in parse(source).body:
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             break
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
@@ -319,7 +319,7 @@ def asserts_hold(source: str, scale: dict[str, Any]) -> bool:
     """
     known = {name: knob.value for name, knob in read_knobs(source, scale["name"]).items()}
     known |= {f"SCALE.{name}": value for name, value in scale.items()}
-    for statement in ast.parse(source).body:
+    for statement in parse(source).body:
         if isinstance(statement, ast.Assert):
             test = ast.unparse(statement.test)
             test = re.sub(r"[A-Za-z_][\w.]*", lambda word: str(known.get(word[0], word[0])), test)
@@ -351,7 +351,7 @@ def identify(done: Experiment, source: str, old: str, scale: str) -> None:
 def definitions(source: str) -> dict[str, str]:
     """What stands at the top of a program, by name, as syntax trees; of classes each method."""
     found: dict[str, str] = {}
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         if isinstance(node, ast.ClassDef):
             for part in node.body:
                 found[f"{node.name}.{getattr(part, 'name', '')}".rstrip(".")] = ast.dump(part)

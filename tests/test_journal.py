@@ -9,7 +9,7 @@ import pytest
 
 import journal
 from prepare import SetupError
-from support.checkout import sh
+from support.checkout import ROOT, sh
 from support.stand_in import sharpness
 
 # agent.py, with the order in which it writes on the last line of stdout.
@@ -106,3 +106,24 @@ def test_refs_move_all_or_none_and_only_from_what_they_were(repository):
     with pytest.raises(SetupError):  # a ref that is to be new exists
         journal.move_refs((ref, other, None))
     assert journal.resolve(ref) == one
+
+
+def test_one_thread_at_a_time_makes_a_syntax_tree(monkeypatch):
+    """Two at once ended a run with a SystemError on Python 3.11."""
+    held, inner = [], journal.ast.parse
+    monkeypatch.setattr(
+        journal.ast, "parse", lambda text: held.append(journal.PARSING.locked()) or inner(text)
+    )
+    assert journal.node_count("x = 1") > 1 and held == [True]
+    assert not journal.PARSING.locked()
+    with pytest.raises(SyntaxError):
+        journal.parse("x = (")
+    assert not journal.PARSING.locked()
+
+
+@pytest.mark.parametrize("name", [
+    path.name for path in sorted(ROOT.glob("*.py"))
+    if path.name not in ("referee.py", "journal.py")  # the referee has one thread that parses
+])  # fmt: skip
+def test_no_other_module_makes_a_syntax_tree_by_itself(name):
+    assert "ast.parse(" not in (ROOT / name).read_text(encoding="utf-8")
