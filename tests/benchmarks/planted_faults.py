@@ -34,7 +34,7 @@ FAULTS = [
           "    check_pairs(of_rows[paired], of_paired, cuts[len(sealed) :])\n", "",
           "tests/test_red_team.py::test_bent_answers_are_rejected_with_the_name_of_the_bend"),
     Fault("the probe believes what was not shown", "referee.py",
-          "    check_seals(of_rows, of_sealed, cuts[: len(sealed)])\n", "",
+          "    check_seals(of_rows, of_sealed, seal_cuts)\n", "",
           "tests/test_probe.py::test_a_cheat_is_missed_no_more_often_than_was_measured"),
     Fault("logits that are not finite count", "prepare.py",
           "if not torch.isfinite(losses).all():", "if False:",
