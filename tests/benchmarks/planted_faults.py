@@ -39,9 +39,6 @@ FAULTS = [
     Fault("logits that are not finite count", "prepare.py",
           "if not torch.isfinite(losses).all():", "if False:",
           "tests/test_prepare.py::test_logits_that_are_none_are_a_crash"),
-    Fault("training after the budget is not noticed", "referee.py",
-          "timeout, begun + budget + self.slack, late)", "timeout, math.inf, late)",
-          "tests/test_red_team.py::test_more_than_the_budget_is_overtime"),
     Fault("a crash tells what it saw", "referee.py",
           "if self.shown else last", "if False else last",
           "tests/test_hostile_input.py"
