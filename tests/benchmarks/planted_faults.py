@@ -78,10 +78,6 @@ FAULTS = [
           "if len(found) > 9:", "tests/test_proposals.py::test_edits_are_all_made_or_none"),
     Fault("sockets are allowed in the sandbox", "warden.py", "socket 41 198, connect 42 203, ", "",
           "tests/test_warden.py::test_no_socket_reaches_anybody"),
-    Fault("two agents work on one repository", "agent.py",
-          '    lock(git_folder() / "autoresearch.lock", "this repository")\n    if args.budget',
-          "    if args.budget",
-          "tests/test_faults.py::test_two_agents_on_one_repository_are_one_too_many"),
     Fault("a killed run's processes live on", "slots.py",
           "os.killpg(found[\"pid\"], signal.SIGKILL)  #", "pass  #",
           "tests/test_session.py"
