@@ -80,11 +80,6 @@ def let_go(checkout: Checkout) -> None:
     (checkout.folder / "go").touch()
 
 
-def hold_again(checkout: Checkout) -> None:
-    """Hold up the runs of the stand-in that come to `hold()` from now on."""
-    (checkout.folder / "go").unlink()
-
-
 def sharpness(checkout: Checkout, *values: float | str, base: str = TOY) -> list[Path]:
     """Write patches that set the toy's constant, one for each value; returns their paths."""
     return [checkout.patch(f"{v}.py", "SHARPNESS = 0.5", f"SHARPNESS = {v}", base) for v in values]
